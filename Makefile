@@ -1,0 +1,47 @@
+# make demo and make test need a Linux machine with Python >= 3.10, and nothing else. A C++ compiler makes it faster.
+PYTHON ?= python3
+BIN := .venv/bin
+INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: help demo test lint bench quality clean
+help:            ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1: /p' Makefile
+
+demo: .venv/demo ## a real network forgets a class of real digits; report in demo-out/report.html
+	$(BIN)/loft-fast demo --out demo-out
+
+test: lint       ## lint, type check, all tests
+	$(BIN)/python -m pytest
+
+lint: .venv/dev  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/dev ## time the package against its peers
+	$(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=median,iqr,rounds
+
+quality: .venv/dev ## forgetting on real data against the rivals (about an hour)
+	$(PIP) -e '.[quality]'
+	$(BIN)/python -m bench.quality.digits --json bench/quality/results.json
+	$(BIN)/python -m bench.quality.debian_sections --json bench/quality/results.json
+
+clean:           ## remove everything that was made
+	rm -rf .venv build dist *.egg-info loft_fast/*.so demo-out .cache .mypy_cache .ruff_cache .pytest_cache
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+# Stamps: a second run installs nothing. torch first and pinned: its default build brings gigabytes of CUDA along.
+.venv/base: .venv/bin/python constraints.txt
+	$(PIP) torch
+	@touch $@
+
+.venv/demo: .venv/base $(INPUTS)
+	$(PIP) -e '.[demo]'
+	@touch $@
+
+.venv/dev: .venv/base $(INPUTS)
+	$(PIP) -e '.[dev]'
+	@touch $@

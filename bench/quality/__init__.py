@@ -1,0 +1,1 @@
+"""How well does a model forget? Real data, real retrained models, and the methods side by side."""

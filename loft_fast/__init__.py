@@ -1,0 +1,38 @@
+"""loft_fast: make a trained torch model forget, by projecting its features onto the subspace that the rest needs.
+
+LOFT (arXiv 2601.22456), solved to a certified global optimum instead of by descent.
+"""
+
+from loft_fast.errors import FileFormatError, FoldError, InputError, LoftError, MissingExtraError, SiteError
+from loft_fast.evaluate import Evaluation, evaluate
+from loft_fast.fetch import fetch_moments
+from loft_fast.grouped_moments import GroupedMoments
+from loft_fast.moments import Moments
+from loft_fast.projection import Certificate, Projection
+from loft_fast.solver import solve
+from loft_fast.surgery import Attached, attach, fold
+from loft_fast.unlearn import Unlearned, unlearn
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Attached",
+    "Certificate",
+    "Evaluation",
+    "FileFormatError",
+    "FoldError",
+    "GroupedMoments",
+    "InputError",
+    "LoftError",
+    "MissingExtraError",
+    "Moments",
+    "Projection",
+    "SiteError",
+    "Unlearned",
+    "attach",
+    "evaluate",
+    "fetch_moments",
+    "fold",
+    "solve",
+    "unlearn",
+]

@@ -1,0 +1,219 @@
+"""How hard to push, from moments and head alone, with no data: predict accuracies, take the mildest that will do.
+
+Rows of each group are taken to be Gaussian with the group's mean and covariance, so the logits of a projected row are
+Gaussian too, with a mean and covariance as small as the number of outputs: those are what is drawn and counted.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from loft_fast.errors import InputError
+from loft_fast.frontier import Frontier, Point
+from loft_fast.grouped_moments import GroupedMoments
+from loft_fast.moments import Moments
+
+DEFAULT_ANGLE = 0.3
+"""Radians; for where nothing can be predicted. It forgets single classes fully, at next to no cost to the others."""
+
+_LADDER = [0.05 * 1.5**i for i in range(9)]  # 0.05 to 1.28 radians
+_TOLERANCE = 0.25  # points of predicted accuracy within which two angles count as equal
+_DRAWS = 8192  # Gaussian rows in all: a point of accuracy is then known to about a tenth
+_GROUPS = 48  # at most so many groups of a set are drawn from, evenly spread over the keys
+_ERASED_AUC = 0.58  # predicted AUC of a linear probe that counts as erased; true ones came out up to 0.06 higher
+_ERASE_COST = 1.0  # points of predicted retain accuracy that erasing may cost
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A subspace, where its dropped coordinates are pinned, the reason, and the accuracies predicted (percent)."""
+
+    point: Point
+    center: Tensor
+    why: str
+    predicted: dict[str, float]
+
+
+def choose_angle(
+    frontier: Frontier,
+    retain: Moments | GroupedMoments,
+    forget: Moments | GroupedMoments,
+    head: nn.Module,
+    erase: bool,
+) -> Choice:
+    """The mildest angle on a ladder at which the head is predicted to have forgotten, plus a margin.
+
+    A group that retain does not have is forgotten at accuracy 0. A group of which retain has other rows is forgotten
+    when its accuracy falls to what a linear discriminant refitted on the retain moments alone would reach.
+    With `erase`, the mildest angle at which a linear probe is predicted to be blind as well.
+
+    Raises:
+        InputError: moments are not grouped, keys are not outputs of the head, or the head does not fit the features.
+    """
+    forecast = _Forecast(frontier, retain, forget, head)
+    return forecast.erased() if erase else forecast.mildest()
+
+
+@dataclass(frozen=True)
+class _Rung:
+    """What is predicted at one angle. cost: retain errors plus distance to the forget target, in points."""
+
+    cost: float
+    point: Point
+    center: Tensor
+    retain: float
+    forget: float
+
+
+class _Forecast:
+    """Predicted accuracies along a ladder of angles; every rung is solved once."""
+
+    def __init__(
+        self,
+        frontier: Frontier,
+        retain: Moments | GroupedMoments,
+        forget: Moments | GroupedMoments,
+        head: nn.Module,
+    ) -> None:
+        self.frontier = frontier
+        center = frontier.objective.center
+        self.weight, self.bias = linear_head(head, frontier.objective.dim, center.device)
+        kept, gone = _grouped("retain", retain, len(self.weight)), _grouped("forget", forget, len(self.weight))
+        self.retain_total, self.forget_total = kept.total(), gone.total()
+        self.retain_rows, self.forget_rows = _Gaussians(kept, self.weight), _Gaussians(gone, self.weight)
+        self.target = 0.0
+        if any(key in kept for key in gone):
+            self.target = self.forget_rows.accuracy(*_discriminant(kept, self.weight))
+        # Dropped coordinates are the same for every row, whatever value they are pinned at. The head was fitted around
+        # the mean of all rows; pinned as far beyond the retain mean as that lies before it, they offset what the head
+        # expects of forget rows. It matters when most of the data goes.
+        share = gone.count / (gone.count + kept.count)
+        self.centers = [center, center + share * (self.retain_total.mean - self.forget_total.mean)]
+        self.rungs: dict[int, _Rung] = {}
+
+    def at(self, index: int) -> _Rung:
+        """The prediction at one rung, at whichever centre is better (the plain one unless it is clearly worse)."""
+        if index not in self.rungs:
+            point = self.frontier.at(_LADDER[index])
+            weight = (self.weight @ point.basis) @ point.basis.T
+            options = []
+            for center in self.centers:
+                bias = self.bias + (self.weight - weight) @ center
+                retain, forget = self.retain_rows.accuracy(weight, bias), self.forget_rows.accuracy(weight, bias)
+                options.append(_Rung(100 - retain + abs(forget - self.target), point, center, retain, forget))
+            plain, pinned = options
+            self.rungs[index] = pinned if pinned.cost < plain.cost - _TOLERANCE else plain
+        return self.rungs[index]
+
+    def mildest(self) -> Choice:
+        """The first rung on the plateau of least cost, and one further as a margin if that is as good."""
+        top = len(_LADDER) - 1
+        low, high = 0, top - 2
+        floor = self.at(high).cost
+        if self.at(high - 1).cost > floor + _TOLERANCE:  # still falling: the plateau, if any, is at the top
+            low, high = high, top
+            floor = min(floor, self.at(top - 1).cost, self.at(top).cost)
+        while low < high:
+            middle = (low + high) // 2
+            cost = self.at(middle).cost
+            floor = min(floor, cost)
+            low, high = (low, middle) if cost <= floor + _TOLERANCE else (middle + 1, high)
+        if high < top and self.at(high + 1).cost <= self.at(high).cost + _TOLERANCE:
+            high += 1
+        return self.choice(high, "the mildest angle predicted to forget, from moments and head, with a margin")
+
+    def erased(self) -> Choice:
+        """The first rung where a linear probe is predicted blind, or the last one that retain can afford."""
+        affordable = self.at(0).retain - _ERASE_COST
+        low, high = 0, len(_LADDER) - 1
+        while low < high:
+            middle = (low + high) // 2
+            done = self.probe_auc(self.at(middle).point.basis) <= _ERASED_AUC or self.at(middle).retain < affordable
+            low, high = (low, middle) if done else (middle + 1, high)
+        if high > 0 and self.at(high).retain < affordable:
+            return self.choice(high - 1, "the strongest angle predicted to cost the retain set at most a point")
+        return self.choice(high, "the mildest angle at which a linear probe is predicted to be blind")
+
+    def choice(self, index: int, why: str) -> Choice:
+        rung = self.at(index)
+        predicted = {
+            "retain accuracy": rung.retain,
+            "forget accuracy": rung.forget,
+            "forget target": self.target,
+            "probe AUC": self.probe_auc(rung.point.basis),
+        }
+        return Choice(rung.point, rung.center, why, predicted)
+
+    def probe_auc(self, basis: Tensor) -> float:
+        """AUC of the best linear probe between two Gaussians with the pooled retain and forget moments, projected."""
+        within = self.retain_total.covariance(0) + self.forget_total.covariance(0)
+        spread = basis.T @ within @ basis
+        offset = basis.T @ (self.forget_total.mean - self.retain_total.mean)
+        spread.diagonal().add_(1e-6 * spread.trace() / len(spread))
+        direction = torch.linalg.solve(spread, offset)
+        z = float(direction @ offset) / math.sqrt(max(float(direction @ spread @ direction), 1e-300))
+        return (1 + math.erf(z / math.sqrt(2))) / 2
+
+
+class _Gaussians:
+    """The groups of a set as Gaussians, and what share of each a linear head would give to its own group."""
+
+    def __init__(self, groups: GroupedMoments, weight: Tensor) -> None:
+        keys = groups.keys()
+        keys = keys[:: -(-len(keys) // _GROUPS)]
+        self.labels = [int(key) for key in keys]
+        self.parts = [groups[key] for key in keys]
+        self.total = sum(part.count for part in self.parts)
+        self.covariances = [part.second_moment(part.mean) for part in self.parts]
+        # The same noise for every group and angle: differences between angles are then differences, not noise.
+        shape = (max(128, _DRAWS // len(keys)), len(weight))
+        self.noise = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(weight)
+
+    def accuracy(self, weight: Tensor, bias: Tensor) -> float:
+        """Percent of rows expected to be classified as their group by argmax(weight z + bias)."""
+        right = 0.0
+        for label, part, covariance in zip(self.labels, self.parts, self.covariances, strict=True):
+            values, vectors = torch.linalg.eigh(weight @ covariance @ weight.T)
+            logits = self.noise @ (vectors * values.clamp_min(0).sqrt()).T + (weight @ part.mean + bias)
+            right += part.count * float((logits.argmax(1) == label).double().mean())
+        return 100 * right / self.total
+
+
+def _discriminant(groups: GroupedMoments, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the linear discriminant fitted to group moments; outputs without a group are never chosen."""
+    keys = groups.keys()
+    within = torch.stack([groups[key].scatter for key in keys]).sum(0) / groups.count
+    within.diagonal().add_(1e-2 * within.trace() / groups.dim)  # few rows a dimension: shrink
+    means = torch.stack([groups[key].mean for key in keys])
+    rows = torch.linalg.solve(within, means.T).T
+    shares = torch.tensor([groups[key].count / groups.count for key in keys]).to(like)
+    weight, bias = torch.zeros_like(like), torch.full_like(like[:, 0], -torch.inf)
+    index = torch.tensor([int(key) for key in keys], device=like.device)
+    weight[index] = rows
+    bias[index] = shares.log() - (rows * means).sum(1) / 2
+    return weight, bias
+
+
+def linear_head(head: nn.Module, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Weight (outputs, d) and bias (outputs,) in float64 of a Linear or 1x1 convolution."""
+    weight = getattr(head, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim < 2 or weight[0].numel() != dim:
+        got = type(head).__name__ + (f" with weight {tuple(weight.shape)}" if isinstance(weight, Tensor) else "")
+        raise InputError(f"head: got {got}, expected a linear head reading {dim} features")
+    matrix = weight.detach().reshape(len(weight), dim).to(device, torch.float64)
+    bias = getattr(head, "bias", None)
+    return matrix, bias.detach().to(matrix) if isinstance(bias, Tensor) else matrix.new_zeros(len(matrix))
+
+
+def _grouped(name: str, moments: Moments | GroupedMoments, outputs: int) -> GroupedMoments:
+    if not isinstance(moments, GroupedMoments):
+        raise InputError(f"{name}: got ungrouped Moments, expected GroupedMoments by class to predict with the head")
+    moments = moments.select([key for key in moments if moments[key].count])
+    wrong = next((key for key in moments if not (isinstance(key, int) and 0 <= key < outputs)), None)
+    if wrong is not None:
+        raise InputError(f"{name}: got the group {wrong!r}, expected output indices of the head, 0 to {outputs - 1}")
+    return moments

@@ -1,0 +1,162 @@
+"""Which backends exist here and which one serves a call: the only place that decides.
+
+An op registers its implementations with `implements`, best first; `implementation` picks one per call. The plain torch
+implementation serves every device and dtype, so a pick never comes back empty.
+
+The environment variable LOFT_FAST_BACKEND names the backend to use wherever it can serve the call; where it cannot
+(Triton and float64, say), torch does.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import Any, TypeVar
+
+import torch
+
+from loft_fast.errors import InputError
+
+VARIABLE = "LOFT_FAST_BACKEND"
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+_NAMES = ("native", "triton", "torch")
+_log = logging.getLogger("loft_fast")
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class _Entry:
+    backend: str
+    function: Callable[..., Any]
+    devices: tuple[str, ...]  # device types served; empty: all
+    dtypes: tuple[torch.dtype, ...]
+    prefer: Callable[..., bool] | None  # may decline a shape that another backend serves faster
+
+
+_ENTRIES: dict[str, list[_Entry]] = {}
+
+
+def implements(
+    op: str,
+    backend: str,
+    devices: tuple[str, ...] = (),
+    dtypes: tuple[torch.dtype, ...] = FLOATS,
+    prefer: Callable[..., bool] | None = None,
+) -> Callable[[_Function], _Function]:
+    """Register the decorated function as `op` of `backend`; register the preferred one first.
+
+    Args:
+        devices: device types served, () for all.
+        dtypes: input dtypes served.
+        prefer: called with the shape given to `choose`; False leaves that shape to the next backend. Ignored where
+            LOFT_FAST_BACKEND asks for this backend by name.
+    """
+
+    def register(function: _Function) -> _Function:
+        _ENTRIES.setdefault(op, []).append(_Entry(backend, function, devices, dtypes, prefer))
+        return function
+
+    return register
+
+
+def available() -> tuple[str, ...]:
+    """Names of the backends that can run here, out of "native", "triton" and "torch"; "torch" always can."""
+    return tuple(name for name in _NAMES if _exists(name))
+
+
+def choose(op: str, device: torch.device | str, dtype: torch.dtype, shape: tuple[int, ...] | None = None) -> str:
+    """Name of the backend that serves `op` for input of this dtype on this device (and, if given, of this shape).
+
+    Raises:
+        InputError: LOFT_FAST_BACKEND names a backend that is unknown or not available here.
+    """
+    return _pick(op, device, dtype, shape).backend
+
+
+def implementation(
+    op: str, device: torch.device | str, dtype: torch.dtype, shape: tuple[int, ...] | None = None
+) -> Callable[..., Any]:
+    """The function behind `choose`."""
+    return _pick(op, device, dtype, shape).function
+
+
+def interpreting() -> bool:
+    """True where Triton kernels run in its interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def native_module() -> ModuleType:
+    """The compiled extension.
+
+    Raises:
+        ImportError: it was not built.
+    """
+    return importlib.import_module("loft_fast._native")
+
+
+def _pick(op: str, device: torch.device | str, dtype: torch.dtype, shape: tuple[int, ...] | None) -> _Entry:
+    device_type = torch.device(device).type
+    entries = [
+        entry
+        for entry in _ENTRIES.get(op, [])
+        if _exists(entry.backend)
+        and dtype in entry.dtypes
+        and (not entry.devices or device_type in entry.devices or _interprets(entry, device_type))
+    ]
+    asked = _asked()
+    for entry in entries:
+        if asked is not None:
+            if entry.backend == asked:
+                return entry
+        elif not _interprets(entry, device_type) and (
+            shape is None or entry.prefer is None or entry.prefer(device_type, dtype, shape)
+        ):
+            return entry
+    for entry in entries:
+        if entry.backend == "torch":
+            return entry
+    raise InputError(f"op: got {op!r} for {dtype} on {device_type}, expected one of {sorted(_ENTRIES)}")
+
+
+def _interprets(entry: _Entry, device_type: str) -> bool:
+    # The interpreter is for tests: it serves CPU tensors, but only when asked for by name.
+    return entry.backend == "triton" and device_type == "cpu" and interpreting()
+
+
+def _asked() -> str | None:
+    name = os.environ.get(VARIABLE)
+    if not name:
+        return None
+    if name not in available():
+        raise InputError(f"{VARIABLE}: got {name!r}, expected one of those available here: {', '.join(available())}")
+    return name
+
+
+def _exists(name: str) -> bool:
+    if name == "native":
+        return _native_exists()
+    if name == "triton":
+        return _triton_exists() and (interpreting() or torch.cuda.is_available())
+    return name == "torch"
+
+
+@cache
+def _native_exists() -> bool:
+    try:
+        native_module()
+    except ImportError as error:
+        _log.warning("The compiled extension is not available (%s); loft_fast works, with torch code instead.", error)
+        return False
+    return True
+
+
+@cache
+def _triton_exists() -> bool:
+    return all(importlib.util.find_spec(name) is not None for name in ("triton", "loft_fast.kernels"))

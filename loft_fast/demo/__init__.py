@@ -1,0 +1,1 @@
+"""The demonstration behind `loft-fast demo`: a digit classifier forgets, next to one retrained without the digit."""

@@ -1,0 +1,80 @@
+"""One way to write and read the package's files: safetensors, a JSON-able header, written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor
+
+from loft_fast.errors import FileFormatError, InputError
+
+SCHEMA = "1"
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write `data` to a temporary neighbour, flush it to disk and rename it over `path`.
+
+    Raises:
+        InputError: the folder does not exist or cannot be written; whatever was at `path` is still there.
+    """
+    target = Path(path)
+    try:
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    except OSError as error:
+        raise InputError(f"path: cannot write {str(target)!r}: {error.strerror or error}") from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes private files; give the result what an ordinary open() would have given.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, target)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        if isinstance(error, OSError):
+            raise InputError(f"path: cannot write {str(target)!r}: {error.strerror or error}") from error
+        raise
+
+
+def write_tensors(
+    path: str | os.PathLike[str], kind: str, tensors: dict[str, Tensor], header: dict[str, str] | None = None
+) -> None:
+    """Save `tensors` as one safetensors file that says it is a `kind` (such as "moments") of this schema."""
+    metadata = {"format": f"loft_fast.{kind}", "schema": SCHEMA, **(header or {})}
+    write_bytes(path, serialize({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata))
+
+
+def read_tensors(
+    path: str | os.PathLike[str], kind: str, names: tuple[str, ...]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors called `names` and the header of a file that `write_tensors` made for the same `kind`.
+
+    Raises:
+        FileFormatError: no such file, truncated, not safetensors, or of another kind or schema.
+    """
+    wanted = f"loft_fast.{kind}"
+    try:
+        with safe_open(os.fspath(path), framework="pt") as file:
+            header: dict[str, str] = file.metadata() or {}
+            found = header.get("format", "a foreign file")
+            if found != wanted:
+                raise FileFormatError(f"path: {str(path)!r} holds {found}, expected {wanted}")
+            if header.get("schema") != SCHEMA:
+                raise FileFormatError(
+                    f"path: {str(path)!r} has schema {header.get('schema')!r}, this version reads {SCHEMA!r}"
+                )
+            missing = sorted(set(names) - set(file.keys()))
+            if missing:
+                raise FileFormatError(f"path: {str(path)!r} lacks {', '.join(missing)}")
+            return {name: file.get_tensor(name) for name in names}, header
+    except (OSError, SafetensorError) as error:
+        raise FileFormatError(f"path: cannot read {str(path)!r} as {wanted}: {error}") from error

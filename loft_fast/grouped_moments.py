@@ -1,0 +1,235 @@
+"""One `Moments` per group (class, client, source) from one pass, so that forgetting a group is dropping its entry."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from loft_fast import files
+from loft_fast.errors import FileFormatError, InputError
+from loft_fast.moments import Moments, accumulate, as_rows, pack, pool, restore
+
+Key = int | str
+
+
+class GroupedMoments:
+    """Streaming moments per group key.
+
+    Keys are integers or strings. Keys that are class indices line up with the outputs of a classifier's head, which
+    lets `solve` predict accuracies from moments alone.
+
+    Args:
+        dim: number of features d, at least 1.
+        device: where the states live. Default: the CPU.
+
+    Raises:
+        InputError: on any call with bad input; no group has changed then.
+    """
+
+    def __init__(self, dim: int, device: torch.device | str | None = None) -> None:
+        self._empty = Moments(dim, device)
+        self._parts: dict[Key, Moments] = {}
+
+    @property
+    def dim(self) -> int:
+        """Number of features d."""
+        return self._empty.dim
+
+    @property
+    def device(self) -> torch.device:
+        """Where the states live."""
+        return self._empty.device
+
+    @property
+    def site(self) -> str | None:
+        """Where in a model the rows came from, if `fetch_moments` or a file said so."""
+        return self._empty.site
+
+    @site.setter
+    def site(self, site: str | None) -> None:
+        self._empty.site = site
+
+    @property
+    def count(self) -> int:
+        """Rows over all groups."""
+        return sum(part.count for part in self._parts.values())
+
+    def keys(self) -> list[Key]:
+        """All keys, integers in order, then strings in order: the same whatever the order of the stream."""
+        return sorted(self._parts, key=lambda key: (isinstance(key, str), key))
+
+    def __getitem__(self, key: Key) -> Moments:
+        self._check_keys([key])
+        part = self._parts[key].copy()
+        part.site = self.site
+        return part
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._parts
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self.keys())
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __repr__(self) -> str:
+        return f"GroupedMoments(dim={self.dim}, groups={len(self)}, count={self.count})"
+
+    # ---- the stream ----
+
+    def update(self, x: Tensor, group: Tensor | Sequence[Key]) -> GroupedMoments:
+        """Add rows to their groups. x: (n, d) or (..., d), any float dtype; group: one key per row. Returns self."""
+        rows = as_rows(x, self.dim, self.device)
+        keys, index = _index_groups(group, len(rows))
+        if not len(rows):
+            return self
+        parts = [self._parts.get(key) or Moments(self.dim, self.device) for key in keys]
+        accumulate(parts, rows, index.to(self.device))
+        self._parts.update(zip(keys, parts, strict=True))
+        return self
+
+    def remove(self, x: Tensor, group: Tensor | Sequence[Key]) -> GroupedMoments:
+        """Take away rows that were added before, each from its group; the inverse of `update` up to rounding."""
+        return self._become(self - GroupedMoments(self.dim, self.device).update(x, group))
+
+    def merge(self, other: GroupedMoments) -> GroupedMoments:
+        """Add all groups of `other`, key by key, in place. Returns self."""
+        return self._become(self + other)
+
+    # ---- the algebra ----
+
+    def __add__(self, other: GroupedMoments) -> GroupedMoments:
+        self._check_partner(other)
+        result = self.select(self.keys())
+        for key in other:
+            theirs = other._parts[key]
+            result._parts[key] = result._parts[key] + theirs if key in result else theirs.copy()
+        return result
+
+    def __sub__(self, other: GroupedMoments) -> GroupedMoments:
+        self._check_partner(other)
+        self._check_keys(other.keys())
+        result = self.select(self.keys())
+        for key in other:
+            result._parts[key] = result._parts[key] - other._parts[key]
+        return result
+
+    def _become(self, other: GroupedMoments) -> GroupedMoments:
+        self._parts = other._parts
+        return self
+
+    # ---- groups in and out ----
+
+    def select(self, keys: Iterable[Key]) -> GroupedMoments:
+        """Only these groups; memory is shared with self until one of the two changes."""
+        keys = list(keys)
+        self._check_keys(keys)
+        result = GroupedMoments(self.dim, self.device)
+        result.site = self.site
+        result._parts = {key: self._parts[key].copy() for key in keys}
+        return result
+
+    def without(self, keys: Iterable[Key]) -> GroupedMoments:
+        """All groups but these; memory is shared with self until one of the two changes."""
+        keys = list(keys)
+        self._check_keys(keys)
+        return self.select([key for key in self.keys() if key not in set(keys)])
+
+    def total(self) -> Moments:
+        """Moments of all rows. Bit for bit the same whether a dropped group was never seen or forgotten later."""
+        result = pool([self._empty, *(self._parts[key] for key in self.keys())])
+        result.site = self.site
+        return result
+
+    def forget(self, keys: Iterable[Key]) -> GroupedMoments:
+        """Drop these groups for good. Returns self."""
+        return self._become(self.without(keys))
+
+    def _check_keys(self, keys: Iterable[Key]) -> None:
+        unknown = [key for key in keys if not isinstance(key, Hashable) or key not in self._parts]
+        if unknown:
+            raise InputError(f"keys: no group {unknown[0]!r}; there are {_preview(self.keys())}")
+
+    def _check_partner(self, other: object) -> None:
+        if not isinstance(other, GroupedMoments):
+            raise InputError(f"other: got {type(other).__name__}, expected GroupedMoments")
+        if other.dim != self.dim:
+            raise InputError(f"other: got dim {other.dim}, expected {self.dim}")
+
+    # ---- files ----
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file, whole or not at all."""
+        keys = self.keys()
+        parts = [self._parts[key] for key in keys]
+        tensors = {
+            "count": torch.tensor([part.count for part in parts], dtype=torch.int64),
+            "mean": _stack([part.mean for part in parts], self.dim),
+            "scatter": _stack([pack(part.scatter) for part in parts], self.dim * (self.dim + 1) // 2),
+        }
+        header = {"keys": json.dumps(keys), "dim": str(self.dim), "site": self.site or ""}
+        files.write_tensors(path, "grouped_moments", tensors, header)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: torch.device | str | None = None) -> GroupedMoments:
+        """Read what `save` wrote.
+
+        Raises:
+            FileFormatError: the file is missing, truncated, foreign or inconsistent.
+        """
+        tensors, header = files.read_tensors(path, "grouped_moments", ("count", "mean", "scatter"))
+        count, mean, scatter = tensors["count"], tensors["mean"], tensors["scatter"]
+        try:
+            keys = json.loads(header["keys"])
+            dim = int(header["dim"])
+            fits = all(type(key) in (int, str) for key in keys) and len(set(keys)) == len(keys)
+        except (KeyError, TypeError, ValueError):
+            fits = False
+        if not fits or dim < 1 or count.shape != (len(keys),) or mean.shape != (len(keys), dim):
+            raise FileFormatError(f"path: {str(path)!r} holds groups that contradict themselves")
+        if scatter.shape[:1] != (len(keys),) or scatter.ndim != 2:
+            raise FileFormatError(f"path: {str(path)!r} holds groups that contradict themselves")
+        result = cls(dim, device)
+        result.site = header.get("site") or None
+        for i, key in enumerate(keys):
+            result._parts[key] = restore(path, int(count[i]), mean[i], scatter[i], header, device)
+        return result
+
+
+def _stack(rows: list[Tensor], width: int) -> Tensor:
+    return torch.stack(rows) if rows else torch.zeros(0, width, dtype=torch.float64)
+
+
+def _preview(keys: list[Key]) -> str:
+    shown = ", ".join(repr(key) for key in keys[:10])
+    return (shown + (", ..." if len(keys) > 10 else "")) or "none"
+
+
+def _index_groups(group: Tensor | Sequence[Key], n: int) -> tuple[list[Key], Tensor]:
+    """Distinct keys and, for each of n rows, the index of its key: (n,) int64."""
+    if isinstance(group, Tensor):
+        if group.is_floating_point() or group.is_complex():
+            raise InputError(f"group: got dtype {group.dtype}, expected integer keys")
+        flat = group.detach().reshape(-1)
+        _check_length(len(flat), n)
+        keys, index = torch.unique(flat, return_inverse=True)
+        return [int(key) for key in keys.tolist()], index
+    if isinstance(group, str) or not isinstance(group, Iterable):
+        raise InputError(f"group: got {type(group).__name__}, expected one key per row ({n})")
+    listed = [key.item() if hasattr(key, "item") else key for key in group]
+    _check_length(len(listed), n)
+    wrong = next((key for key in listed if type(key) not in (int, str)), None)
+    if wrong is not None:
+        raise InputError(f"group: got the key {wrong!r}, expected integers or strings")
+    position = {key: i for i, key in enumerate(dict.fromkeys(listed))}
+    return list(position), torch.tensor([position[key] for key in listed], dtype=torch.int64)
+
+
+def _check_length(got: int, n: int) -> None:
+    if got != n:
+        raise InputError(f"group: got {got} keys for {n} rows, expected one per row")

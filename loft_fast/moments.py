@@ -1,0 +1,308 @@
+"""Count, mean and scatter of a stream of rows, which merge and come apart again exactly as the sets of rows do.
+
+Merging is the identity of Chan, Golub and LeVeque (1979, 1983); read backwards it removes. Every block is centred on
+its own mean before it is multiplied, so a mean far larger than the spread costs no digits.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from loft_fast import files, ops
+from loft_fast.errors import FileFormatError, InputError
+
+# Rows converted to float64 at a time where only a mean is wanted: bounds the copy, not the result.
+_CHUNK = 4096
+# A removal that leaves a variance below -this * (variance before) took away rows that were never there.
+_NEGATIVE = 1e-8
+
+AnyMoments = TypeVar("AnyMoments", bound="Moments")
+
+
+class Moments:
+    """Streaming count, mean and scatter of rows in R^dim, state in float64.
+
+    Args:
+        dim: number of features d, at least 1.
+        device: where the state lives; blocks are moved there. Default: the CPU.
+
+    Attributes:
+        count: rows seen, n.
+        mean: (d,) float64, sum z / n; zeros while n = 0.
+        scatter: (d, d) float64, sum (z - mean)(z - mean)^T, exactly symmetric.
+        site: where in a model the rows came from, if `fetch_moments` or a file said so.
+
+    Raises:
+        InputError: on any call with input of the wrong dimension or type, or with NaN or Inf; the state is unchanged.
+    """
+
+    def __init__(self, dim: int, device: torch.device | str | None = None) -> None:
+        if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
+            raise InputError(f"dim: got {dim!r}, expected an integer >= 1")
+        self.dim = dim
+        self.count = 0
+        self.mean = torch.zeros(dim, dtype=torch.float64, device=device)
+        self._scatter: Tensor | None = None  # allocated by the first row: a key costs nothing until it has data
+        self._shared = False
+        self.site: str | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the state lives."""
+        return self.mean.device
+
+    @property
+    def scatter(self) -> Tensor:
+        """(d, d) float64, sum (z - mean)(z - mean)^T, exactly symmetric; read only."""
+        if self._scatter is None:
+            return torch.zeros(self.dim, self.dim, dtype=torch.float64, device=self.device)
+        return self._scatter
+
+    def __repr__(self) -> str:
+        return f"Moments(dim={self.dim}, count={self.count}, device={str(self.device)!r})"
+
+    # ---- the stream ----
+
+    def update(self, x: Tensor) -> Moments:
+        """Add rows. x: (n, d) or (..., d), any float dtype, n >= 0. Returns self."""
+        accumulate([self], as_rows(x, self.dim, self.device))
+        return self
+
+    def remove(self, x: Tensor) -> Moments:
+        """Take rows away that were added before; the inverse of `update` up to rounding. Returns self."""
+        rows = as_rows(x, self.dim, self.device)
+        self._become(self - Moments(self.dim, self.device).update(rows))
+        return self
+
+    def merge(self, other: Moments) -> Moments:
+        """Add all rows behind `other`, in place. Returns self."""
+        self._become(self + other)
+        return self
+
+    # ---- the algebra ----
+
+    def __add__(self, other: Moments) -> Moments:
+        self._check_partner(other)
+        return pool([self, other])
+
+    def __sub__(self, other: Moments) -> Moments:
+        self._check_partner(other)
+        left = self.count - other.count
+        if left < 0:
+            raise InputError(f"other: cannot remove {other.count} rows from moments of {self.count}")
+        result = Moments(self.dim, self.device)
+        result.site = self.site
+        if left == 0:
+            return result
+        result.count = left
+        theirs = other.mean.to(self.device)
+        result.mean = self.mean + (self.mean - theirs) * (other.count / left)
+        step = (theirs - result.mean) * (left * other.count / self.count) ** 0.5
+        scatter = self.scatter - other.scatter.to(self.device)
+        result._scatter = scatter.addr_(step, step, alpha=-1)
+        worst = float((result._scatter.diagonal() + _NEGATIVE * self._uncentred_diagonal(result.mean)).min())
+        if worst < 0:
+            raise InputError("other: these rows were never added (a variance would become negative)")
+        return result
+
+    def _uncentred_diagonal(self, about: Tensor) -> Tensor:
+        return self.scatter.diagonal() + self.count * (self.mean - about).square()
+
+    def copy(self) -> Moments:
+        """An independent Moments with the same state; memory is shared until one of the two changes."""
+        twin = Moments(self.dim, self.device)
+        twin._become(self)
+        return twin
+
+    def _become(self, other: Moments) -> None:
+        self.count, self.mean, self._scatter = other.count, other.mean, other._scatter
+        self.site = self.site or other.site
+        self._shared = other._shared = True
+
+    def _own_scatter(self) -> Tensor:
+        """The scatter matrix, allocated and not shared with a copy, so that it may be written."""
+        if self._scatter is None:
+            self._scatter = self.scatter
+        elif self._shared:
+            self._scatter = self._scatter.clone()
+        self._shared = False
+        return self._scatter
+
+    def _check_partner(self, other: object) -> None:
+        if not isinstance(other, Moments):
+            raise InputError(f"other: got {type(other).__name__}, expected Moments")
+        if other.dim != self.dim:
+            raise InputError(f"other: got dim {other.dim}, expected {self.dim}")
+
+    # ---- what is read off ----
+
+    def covariance(self, ddof: int = 1) -> Tensor:
+        """scatter / (count - ddof), (d, d) float64.
+
+        Raises:
+            InputError: count <= ddof.
+        """
+        if self.count <= ddof:
+            raise InputError(f"ddof: a covariance with ddof={ddof} needs more than {ddof} rows, got {self.count}")
+        return self.scatter / (self.count - ddof)
+
+    def second_moment(self, about: Tensor) -> Tensor:
+        """mean of (z - about)(z - about)^T = scatter / count + (mean - about)(mean - about)^T, (d, d) float64.
+
+        Raises:
+            InputError: no rows yet, or `about` is not a (d,) tensor.
+        """
+        if self.count == 0:
+            raise InputError("second_moment: these moments hold no rows")
+        if about.shape != (self.dim,):
+            raise InputError(f"about: got shape {tuple(about.shape)}, expected ({self.dim},)")
+        offset = self.mean - about.to(self.mean)
+        return torch.addr(self.scatter / self.count, offset, offset)
+
+    # ---- files ----
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file, whole or not at all."""
+        header = {"count": str(self.count), "site": self.site or ""}
+        files.write_tensors(path, "moments", {"mean": self.mean, "scatter": pack(self.scatter)}, header)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: torch.device | str | None = None) -> Moments:
+        """Read what `save` wrote.
+
+        Raises:
+            FileFormatError: the file is missing, truncated, foreign or inconsistent.
+        """
+        tensors, header = files.read_tensors(path, "moments", ("mean", "scatter"))
+        return restore(path, int_header(path, header, "count"), tensors["mean"], tensors["scatter"], header, device)
+
+
+# ---- shared with GroupedMoments ----
+
+
+def as_rows(x: Tensor, dim: int, device: torch.device) -> Tensor:
+    """x as (n, d) on `device`; refuses what is not a float tensor of that width."""
+    if not isinstance(x, Tensor):
+        raise InputError(f"x: got {type(x).__name__}, expected a torch.Tensor of shape (..., {dim})")
+    if not x.is_floating_point():
+        raise InputError(f"x: got dtype {x.dtype}, expected a float dtype")
+    if x.ndim < 2 or x.shape[-1] != dim:
+        raise InputError(f"x: got shape {tuple(x.shape)}, expected (n, {dim}) or (..., {dim})")
+    return x.detach().reshape(-1, dim).to(device)
+
+
+def accumulate(parts: list[Moments], rows: Tensor, group: Tensor | None = None) -> None:
+    """Add row i of `rows` (n, d) to parts[group[i]], or all rows to parts[0]; every part must be distinct."""
+    if not len(rows):
+        return
+    counts = torch.bincount(group, minlength=len(parts)) if group is not None else torch.tensor([len(rows)])
+    shift = _group_means(rows, group, counts.to(rows.device))
+    check_finite(rows, shift)
+    residue = torch.zeros_like(shift)
+    ops.moments_update(rows, shift, residue, [part._own_scatter() for part in parts], group)
+    for part, n, center, rest in zip(parts, counts.tolist(), shift, residue, strict=True):
+        if n == 0:
+            continue
+        # `rest` is what rounding left of sum (z - shift); with it the block's mean and scatter are exact.
+        block_mean = center + rest / n
+        scatter = part._own_scatter()
+        scatter.addr_(rest / n**0.5, rest / n**0.5, alpha=-1)
+        total = part.count + n
+        delta = block_mean - part.mean
+        step = delta * (part.count * n / total) ** 0.5
+        scatter.addr_(step, step)
+        part.mean = part.mean + delta * (n / total)
+        part.count = total
+
+
+def _group_means(rows: Tensor, group: Tensor | None, counts: Tensor) -> Tensor:
+    sums = torch.zeros(len(counts), rows.shape[1], dtype=torch.float64, device=rows.device)
+    for start in range(0, len(rows), _CHUNK):
+        chunk = rows[start : start + _CHUNK].double()
+        if group is None:
+            sums[0] += chunk.sum(0)
+        else:
+            sums.index_add_(0, group[start : start + _CHUNK], chunk)
+    return sums / counts.clamp(min=1).unsqueeze(1)
+
+
+def check_finite(rows: Tensor, sums: Tensor) -> None:
+    """Refuse rows with NaN or Inf. `sums` are any sums over all rows: one bad value anywhere shows in them."""
+    if not bool(torch.isfinite(sums).all()):
+        bad = int((~torch.isfinite(rows)).any(1).sum())
+        if bad:
+            raise InputError(f"x: {bad} of {len(rows)} rows contain NaN or Inf, expected finite features")
+        raise InputError("x: features so large that their float64 sum overflows")
+
+
+def pool(parts: list[Moments]) -> Moments:
+    """Moments of the union of disjoint parts, summed in the order given (MATH: Chan, Golub, LeVeque)."""
+    result = Moments(parts[0].dim, parts[0].device)
+    result.site = parts[0].site
+    parts = [part for part in parts if part.count]
+    if not parts:
+        return result
+    if len(parts) == 1:
+        result._become(parts[0])
+        return result
+    counts = torch.tensor([part.count for part in parts], dtype=torch.float64, device=result.device)
+    means = torch.stack([part.mean.to(result.device) for part in parts])
+    result.count = sum(part.count for part in parts)
+    # Offsets from the first mean, not from zero: a mean of 1e6 times the spread keeps its digits.
+    offsets = means - means[0]
+    drift = (counts @ offsets) / result.count
+    result.mean = means[0] + drift
+    spread = (offsets - drift) * counts.sqrt().unsqueeze(1)
+    scatter = spread.T @ spread
+    scatter = (scatter + scatter.T) / 2
+    for part in parts:
+        scatter += part.scatter.to(result.device)
+    result._scatter = scatter
+    return result
+
+
+def pack(scatter: Tensor) -> Tensor:
+    """The upper triangle, row by row, of (d, d) as (d(d+1)/2,): half the bytes of a symmetric matrix."""
+    d = scatter.shape[-1]
+    return scatter[torch.ones(d, d, dtype=torch.bool, device=scatter.device).triu()]
+
+
+def unpack(packed: Tensor, d: int) -> Tensor:
+    """The inverse of `pack`."""
+    full = torch.zeros(d, d, dtype=packed.dtype, device=packed.device)
+    upper = torch.ones(d, d, dtype=torch.bool, device=packed.device).triu()
+    full[upper] = packed
+    return full + full.triu(1).T
+
+
+def int_header(path: str | os.PathLike[str], header: dict[str, str], name: str) -> int:
+    """The whole number that the header of the file at `path` has under `name`."""
+    try:
+        return int(header[name])
+    except (KeyError, ValueError) as error:
+        raise FileFormatError(f"path: {str(path)!r} has no valid {name!r} in its header") from error
+
+
+def restore(
+    path: str | os.PathLike[str],
+    count: int,
+    mean: Tensor,
+    packed: Tensor,
+    header: dict[str, str],
+    device: torch.device | str | None,
+) -> Moments:
+    """A Moments from what a file holds, or FileFormatError if the pieces contradict each other."""
+    d = len(mean) if mean.ndim == 1 else 0
+    fits = d >= 1 and packed.shape == (d * (d + 1) // 2,) and mean.dtype == packed.dtype == torch.float64
+    if not fits or count < 0 or not bool(torch.isfinite(mean).all() and torch.isfinite(packed).all()):
+        raise FileFormatError(f"path: {str(path)!r} holds moments that contradict themselves")
+    result = Moments(d, device)
+    result.count = count
+    result.mean = mean.to(result.device)
+    result._scatter = unpack(packed.to(result.device), d)
+    result.site = header.get("site") or None
+    return result

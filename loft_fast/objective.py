@@ -1,0 +1,79 @@
+"""What is traded off: the retain and forget matrices of LOFT's objective (arXiv 2601.22456), each of trace one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from loft_fast.errors import InputError
+from loft_fast.grouped_moments import GroupedMoments
+from loft_fast.moments import Moments
+
+About = Literal["retain", "own"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Retain variance lost against forget variance kept, for a projector P.
+
+    Attributes:
+        retain: A, (d, d) float64, trace 1. Retain variance kept is tr(P A).
+        forget: B, (d, d) float64, trace 1. Forget variance kept is tr(P B).
+        center: (d,) float64, the fixed point of the projection z -> center + P (z - center).
+    """
+
+    retain: Tensor
+    forget: Tensor
+    center: Tensor
+
+    @property
+    def dim(self) -> int:
+        """Number of features d."""
+        return len(self.center)
+
+
+def build_objective(retain: Moments, forget: Moments, about: About = "retain") -> Objective:
+    """The pair (A, B) and the centre.
+
+    about="retain" (affine): B is the forget second moment about the RETAIN mean, so that it sees where the forget rows
+    sit, and the projection leaves the retain mean where it is. about="own" (the paper): both are covariances about
+    their own means and the projection is linear.
+
+    Raises:
+        InputError: different dimensions, an empty set, or features without variance.
+    """
+    if about not in ("retain", "own"):
+        raise InputError(f"about: got {about!r}, expected 'retain' or 'own'")
+    for name, part in (("retain", retain), ("forget", forget)):
+        if part.count == 0:
+            raise InputError(f"{name}: the set is empty, expected at least one row")
+    if retain.dim != forget.dim:
+        raise InputError(f"forget: got dim {forget.dim}, expected {retain.dim} as in retain")
+    center = retain.mean if about == "retain" else torch.zeros_like(retain.mean)
+    seen_from = center if about == "retain" else forget.mean
+    return Objective(
+        retain=_unit_trace("retain", retain.second_moment(retain.mean), retain),
+        forget=_unit_trace("forget", forget.second_moment(seen_from).to(center), forget),
+        center=center,
+    )
+
+
+def _unit_trace(name: str, matrix: Tensor, part: Moments) -> Tensor:
+    trace = float(matrix.trace())
+    # Rounding leaves about 1e-32 of the squared size of the features; less than that is no variance at all.
+    scale = float(part.mean.square().sum()) + trace
+    if not trace > 1e-28 * scale:
+        raise InputError(f"{name}: {part.count} rows of zero variance, expected features that vary")
+    return matrix / trace
+
+
+def pooled(name: str, moments: Moments | GroupedMoments) -> Moments:
+    """Moments of all rows behind either kind."""
+    if isinstance(moments, GroupedMoments):
+        return moments.total()
+    if not isinstance(moments, Moments):
+        raise InputError(f"{name}: got {type(moments).__name__}, expected Moments or GroupedMoments")
+    return moments

@@ -1,0 +1,95 @@
+"""One pass over a block of rows: shift, sum and symmetric rank-n update, per group."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loft_fast import backends
+from loft_fast.errors import InputError
+from loft_fast.ops import reference
+
+_OP = "moments_update"
+
+
+def moments_update(x: Tensor, shift: Tensor, total: Tensor, scatter: list[Tensor], group: Tensor | None = None) -> None:
+    """Add the sum and the scatter of rows about a shift to running float64 state, per group.
+
+    total[g] += sum (x_i - shift[g]),  scatter[g] += sum (x_i - shift[g])(x_i - shift[g])^T  over rows i of group g.
+
+    Every backend keeps the scatter exactly symmetric, given that it was. Rows of 32 bits or fewer may be multiplied in
+    float32 after the shift, in blocks that are added up in float64: choose the shift near the mean.
+
+    Args:
+        x: (n, d) float16, bfloat16, float32 or float64; any strides; n >= 0. NaN or Inf flow into the state.
+        shift: (G, d) float64.
+        total: (G, d) float64, accumulated in place.
+        scatter: G symmetric contiguous tensors (d, d) float64, accumulated in place.
+        group: (n,) int64, the group of each row in [0, G), or None where G = 1.
+
+    Raises:
+        InputError: an argument has a wrong type, shape, dtype, device, layout or value; the state is unchanged.
+    """
+    _check(x, shift, total, scatter, group)
+    torch.ops.loft_fast.moments_update(x.detach(), shift, total, list(scatter), group)
+
+
+@torch.library.custom_op(
+    "loft_fast::moments_update",
+    mutates_args=("total", "scatter"),
+    schema="(Tensor x, Tensor shift, Tensor(a!) total, Tensor(b!)[] scatter, Tensor? group) -> ()",
+)
+def _op(x: Tensor, shift: Tensor, total: Tensor, scatter: list[Tensor], group: Tensor | None) -> None:
+    # Values of `group` are checked here, not in the wrapper: a graph being traced has none.
+    if group is not None and len(group):
+        low, high = (int(bound) for bound in torch.aminmax(group))
+        if low < 0 or high >= len(scatter):
+            raise InputError(f"group: got indices from {low} to {high}, expected 0 to {len(scatter) - 1}")
+    if x.shape[0] == 0:
+        return
+    backends.implementation(_OP, x.device, x.dtype, (*x.shape, len(scatter)))(x, shift, total, scatter, group)
+
+
+@_op.register_fake
+def _fake(x: Tensor, shift: Tensor, total: Tensor, scatter: list[Tensor], group: Tensor | None) -> None:
+    return None
+
+
+backends.implements(_OP, "torch")(reference.moments_update)
+
+
+def _check(x: Tensor, shift: Tensor, total: Tensor, scatter: list[Tensor], group: Tensor | None) -> None:
+    """Everything that shapes and types can tell; raises InputError."""
+    _check_tensor("x", x, (None, None), backends.FLOATS, x)
+    n, d = x.shape
+    if not isinstance(scatter, list | tuple) or not scatter:
+        raise InputError(f"scatter: got {scatter!r}, expected a list of one ({d}, {d}) tensor per group")
+    groups = len(scatter)
+    _check_tensor("shift", shift, (groups, d), (torch.float64,), x)
+    _check_tensor("total", total, (groups, d), (torch.float64,), x)
+    for g, matrix in enumerate(scatter):
+        name = f"scatter[{g}]"
+        _check_tensor(name, matrix, (d, d), (torch.float64,), x)
+        if not matrix.is_contiguous():
+            raise InputError(f"{name}: got strides {tuple(matrix.stride())}, expected a contiguous tensor")
+    if not total.is_contiguous():
+        raise InputError(f"total: got strides {tuple(total.stride())}, expected a contiguous tensor")
+    if group is None:
+        if groups != 1:
+            raise InputError(f"group: got None with {groups} scatter matrices, expected a group index for each row")
+    else:
+        _check_tensor("group", group, (n,), (torch.int64,), x)
+
+
+def _check_tensor(
+    name: str, tensor: object, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...], like: Tensor
+) -> None:
+    if not isinstance(tensor, Tensor):
+        raise InputError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
+    if tensor.ndim != len(shape) or any(want not in (None, got) for want, got in zip(shape, tensor.shape, strict=True)):
+        wanted = "(n, d)" if None in shape else str(tuple(shape))
+        raise InputError(f"{name}: got shape {tuple(tensor.shape)}, expected {wanted}")
+    if tensor.dtype not in dtypes:
+        raise InputError(f"{name}: got {tensor.dtype}, expected {' or '.join(str(dtype) for dtype in dtypes)}")
+    if tensor.device != like.device:
+        raise InputError(f"{name}: got a tensor on {tensor.device}, expected {like.device}, as x")

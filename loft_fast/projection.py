@@ -1,0 +1,135 @@
+"""The result: a projection that plugs into a model, and the certificate of how good it is."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from loft_fast import files
+from loft_fast.errors import FileFormatError, InputError
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was minimised, how close to the global optimum the result is proven to be, and what it cost.
+
+    Attributes:
+        goal: the minimised loss in words, with a = retain_kept and b = forget_kept.
+        why: how rank and angle came about.
+        loss: the loss reached.
+        lower_bound: no projector can reach a smaller loss than this.
+        relative_gap: (loss - lower_bound) / loss; 0 means proven optimal. Losses below 1e-9 count as 1e-9.
+        retain_kept: share of the retain variance kept, tr(PA).
+        forget_kept: share of the forget variance kept, tr(PB).
+        rank: dimension of the kept subspace.
+        angle: the optimum is extreme for cos(angle) a - sin(angle) b; radians.
+        eigen_solves: full symmetric eigendecompositions spent.
+        seconds: wall time of `solve`.
+        predicted: accuracies (percent) expected from moments and head, where the angle was chosen with them.
+    """
+
+    goal: str
+    why: str
+    loss: float
+    lower_bound: float
+    relative_gap: float
+    retain_kept: float
+    forget_kept: float
+    rank: int
+    angle: float
+    eigen_solves: int
+    seconds: float
+    predicted: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [
+            f"minimised     {self.goal}",
+            f"loss          {self.loss:.8g}   (no projector below {self.lower_bound:.8g}; gap {self.relative_gap:.1e})",
+            f"retain kept   {100 * self.retain_kept:.3f} % of its variance",
+            f"forget kept   {100 * self.forget_kept:.3f} % of its variance",
+            f"rank          {self.rank}   at angle {self.angle:.4f}: {self.why}",
+            f"cost          {self.eigen_solves} eigen-solves, {self.seconds:.3f} s",
+        ]
+        if self.predicted:
+            lines.append("predicted     " + ", ".join(f"{k} {v:.2f}" for k, v in self.predicted.items()))
+        return "\n".join(lines)
+
+
+class Projection(nn.Module):
+    """z -> center + U U^T (z - center), a drop-in module for features.
+
+    Args:
+        basis: U, (d, s), orthonormal columns.
+        center: (d,), the point that stays where it is.
+        certificate: how it came about; None if you made the basis yourself.
+        site: where in a model it belongs.
+
+    Both tensors are float64 buffers, so `.to(device)` moves them; the arithmetic is done in the dtype of the input.
+    """
+
+    basis: Tensor
+    center: Tensor
+
+    def __init__(
+        self, basis: Tensor, center: Tensor, certificate: Certificate | None = None, site: str | None = None
+    ) -> None:
+        super().__init__()
+        if basis.ndim != 2 or center.shape != basis.shape[:1]:
+            raise InputError(
+                f"basis: got shapes {tuple(basis.shape)} and {tuple(center.shape)}, expected (d, s) and center (d,)"
+            )
+        self.register_buffer("basis", basis)
+        self.register_buffer("center", center)
+        self.certificate = certificate
+        self.site = site
+
+    @property
+    def dim(self) -> int:
+        """Number of features d."""
+        return self.basis.shape[0]
+
+    @property
+    def rank(self) -> int:
+        """Dimension s of the kept subspace."""
+        return self.basis.shape[1]
+
+    def extra_repr(self) -> str:
+        """What print(projection) shows."""
+        return f"dim={self.dim}, rank={self.rank}"
+
+    def matrix(self) -> Tensor:
+        """P = U U^T, (d, d), in the dtype of the basis."""
+        return self.basis @ self.basis.T
+
+    def forward(self, z: Tensor) -> Tensor:
+        """z: (..., d), any float dtype; returns the same shape and dtype."""
+        if not z.is_floating_point() or z.shape[-1] != self.dim:
+            raise InputError(f"z: got {z.dtype} of shape {tuple(z.shape)}, expected floats of shape (..., {self.dim})")
+        basis, center = self.basis.to(z), self.center.to(z)
+        return torch.addmm(center, (z - center).reshape(-1, self.dim) @ basis, basis.T).reshape(z.shape).to(z.dtype)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file with the certificate in its header, whole or not at all."""
+        header = {"site": self.site or ""}
+        if self.certificate is not None:
+            header["certificate"] = json.dumps(asdict(self.certificate))
+        files.write_tensors(path, "projection", {"basis": self.basis, "center": self.center}, header)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Projection:
+        """Read what `save` wrote.
+
+        Raises:
+            FileFormatError: the file is missing, truncated, foreign or inconsistent.
+        """
+        tensors, header = files.read_tensors(path, "projection", ("basis", "center"))
+        try:
+            text = header.get("certificate")
+            certificate = Certificate(**json.loads(text)) if text else None
+            return cls(tensors["basis"], tensors["center"], certificate, header.get("site") or None)
+        except (InputError, TypeError, ValueError) as error:
+            raise FileFormatError(f"path: {str(path)!r} holds a projection that contradicts itself: {error}") from error

@@ -1,0 +1,138 @@
+"""The whole job in one call: fetch moments of both sets, solve, attach or fold."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from loft_fast.errors import InputError
+from loft_fast.fetch import fetch_moments
+from loft_fast.grouped_moments import GroupedMoments
+from loft_fast.moments import Moments
+from loft_fast.objective import About
+from loft_fast.projection import Projection
+from loft_fast.sites import find_site
+from loft_fast.solver import solve
+from loft_fast.surgery import Attached, attach, fold
+
+log = logging.getLogger("loft_fast")
+
+
+@dataclass
+class Unlearned:
+    """What `unlearn` did.
+
+    Attributes:
+        projection: with its certificate.
+        site: where it works.
+        attached: the handle to take it out again; None if it was folded.
+        retain, forget: the moments it was solved from: keep them and the next request needs no data.
+        seconds: wall time of "moments", "solve" and "attach" or "fold".
+        bytes: size of the "moments" and of the "projection" in memory.
+    """
+
+    projection: Projection
+    site: str
+    attached: Attached | None
+    retain: GroupedMoments | Moments
+    forget: GroupedMoments | Moments
+    seconds: dict[str, float] = field(default_factory=dict)
+    bytes: dict[str, int] = field(default_factory=dict)
+
+
+def unlearn(
+    model: nn.Module,
+    retain: Iterable[Any] | Moments | GroupedMoments,
+    forget: Iterable[Any] | Moments | GroupedMoments,
+    site: str | None = None,
+    rank: int | None = None,
+    fold: bool = False,
+    *,
+    about: About = "retain",
+    erase: bool = False,
+    progress: bool = True,
+) -> Unlearned:
+    """Make `model` forget the rows of `forget` while keeping what `retain` needs.
+
+    Args:
+        model: a trained torch model, changed in place.
+        retain: loader over the rows to keep (as for `fetch_moments`), or their moments.
+        forget: loader over the rows to forget, or their moments.
+        site: where to project; None: the input of the last nn.Linear.
+        rank: dimension of the kept subspace; None: found, as `solve` says, with the layer at the site as head.
+        fold: False attaches a hook that can be removed; True rewrites the layer for good.
+        about: "retain" or the paper's "own", as for `solve`.
+        erase: ask for features in which a linear probe, too, no longer finds the forget rows.
+        progress: show progress bars.
+
+    Raises:
+        LoftError: whatever `fetch_moments`, `solve`, `attach` and `fold` refuse; the model is unchanged then.
+    """
+    place = find_site(model, site)
+    clock = _Clock()
+    kept = _moments("retain", model, retain, str(place), progress)
+    gone = _moments("forget", model, forget, str(place), progress)
+    clock.lap("moments")
+    head = place.plain if rank is None and _predictable(place.plain, place.side, kept, gone) else None
+    projection = solve(kept, gone, rank, about, head, erase=erase)
+    projection.site = str(place)
+    clock.lap("solve")
+    attached = None
+    if fold:
+        _fold(model, projection, str(place))
+    else:
+        attached = attach(model, projection, str(place))
+    clock.lap("fold" if fold else "attach")
+    matrices = sum(len(part) if isinstance(part, GroupedMoments) else 1 for part in (kept, gone))
+    sizes = {
+        "moments": 8 * matrices * kept.dim * (kept.dim + 1),
+        "projection": 8 * projection.dim * (projection.rank + 1),
+    }
+    return Unlearned(projection, str(place), attached, kept, gone, clock.seconds, sizes)
+
+
+_fold = fold  # the argument of `unlearn` has the name of the function
+
+
+def _moments(
+    name: str, model: nn.Module, data: Iterable[Any] | Moments | GroupedMoments, site: str, progress: bool
+) -> Moments | GroupedMoments:
+    if isinstance(data, Moments | GroupedMoments):
+        return data
+    try:
+        return fetch_moments(model, data, site, group="auto", progress=progress)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+
+
+def _predictable(layer: nn.Module, side: str, *moments: Moments | GroupedMoments) -> bool:
+    """Whether the groups are outputs of a linear layer at the site, so that it can predict their accuracy."""
+    outputs = getattr(layer, "out_features", 0)
+    fits = (
+        side == "input"
+        and isinstance(layer, nn.Linear)
+        and all(
+            isinstance(part, GroupedMoments) and all(isinstance(key, int) and 0 <= key < outputs for key in part)
+            for part in moments
+        )
+    )
+    if not fits:
+        log.info("the layer at the site does not score the groups: using the default angle")
+    return fits
+
+
+class _Clock:
+    """Wall time between laps."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name], self._last = now - self._last, now
