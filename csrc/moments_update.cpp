@@ -1,7 +1,10 @@
 #include "moments_update.h"
 
 #include <algorithm>
+#include <functional>
+#include <system_error>
 #include <thread>
+#include <type_traits>
 
 #include "half.h"
 
@@ -21,39 +24,55 @@ constexpr int64_t kBlock = 512;   // rows multiplied before their sum goes to fl
 constexpr int kPanel = 16;        // columns packed together; a tile is kPanel x kPanel
 constexpr int64_t kSmall = 1 << 21;  // multiply-adds below which a thread costs more than it brings
 
+// `Bytes` of one panel row as a vector register, so that no optimiser has to find the parallelism.
+#if defined(__GNUC__)
+template <typename T, int Bytes>
+struct VectorOf {
+    typedef T type __attribute__((vector_size(Bytes), aligned(alignof(T)), may_alias));
+};
+template <typename T, int Bytes>
+using Vector = typename VectorOf<T, Bytes>::type;
+#else
+template <typename T, int Bytes>
+using Vector = T;
+#endif
+
 // acc[i][j] = sum over rows r of left[r][i] * right[r][j]; both panels are (rows, kPanel), zero-padded.
 // `Height` rows of the tile are kept in registers at a time.
-template <typename T, int Height>
+template <typename T, int Bytes, int Height>
 LOFT_INLINE void multiply(const T* left, const T* right, int64_t rows, T* acc) {
+    using V = Vector<T, Bytes>;
+    constexpr int kLanes = sizeof(V) / sizeof(T), kParts = kPanel / kLanes;
     for (int top = 0; top < kPanel; top += Height) {
-        T sum[Height][kPanel] = {};
+        V sum[Height][kParts] = {};
         for (int64_t r = 0; r < rows; ++r) {
             const T* a = left + r * kPanel + top;
-            const T* b = right + r * kPanel;
+            const V* b = reinterpret_cast<const V*>(right + r * kPanel);
             for (int i = 0; i < Height; ++i)
-                for (int j = 0; j < kPanel; ++j) sum[i][j] += a[i] * b[j];
+                for (int p = 0; p < kParts; ++p) sum[i][p] += a[i] * b[p];
         }
         for (int i = 0; i < Height; ++i)
-            for (int j = 0; j < kPanel; ++j) acc[(top + i) * kPanel + j] = sum[i][j];
+            for (int p = 0; p < kParts; ++p) reinterpret_cast<V*>(acc + (top + i) * kPanel)[p] = sum[i][p];
     }
 }
 
 template <typename T>
 using Multiply = void (*)(const T*, const T*, int64_t, T*);
 
+// Heights: as many sums as leave a few of the 16 (AVX-512: 32) registers free for the operands.
 template <typename T>
 void multiply_portable(const T* left, const T* right, int64_t rows, T* acc) {
-    multiply<T, 4>(left, right, rows, acc);
+    multiply<T, 16, sizeof(T) == 4 ? 2 : 1>(left, right, rows, acc);
 }
 #if LOFT_X86
 template <typename T>
 __attribute__((target("avx2,fma"))) void multiply_avx2(const T* left, const T* right, int64_t rows, T* acc) {
-    multiply<T, sizeof(T) == 4 ? 4 : 2>(left, right, rows, acc);
+    multiply<T, 32, sizeof(T) == 4 ? 4 : 2>(left, right, rows, acc);
 }
 template <typename T>
 __attribute__((target("avx512f,avx512vl,prefer-vector-width=512"))) void multiply_avx512(const T* left, const T* right,
                                                                                        int64_t rows, T* acc) {
-    multiply<T, sizeof(T) == 4 ? 16 : 8>(left, right, rows, acc);
+    multiply<T, 64, sizeof(T) == 4 ? 16 : 8>(left, right, rows, acc);
 }
 #endif
 
@@ -153,16 +172,25 @@ void update(const Rows& x, const int64_t* group, const double* shift, double* to
     const int64_t tile_rows = (x.d + kPanel - 1) / kPanel;
     const int64_t useful = std::min<int64_t>(tile_rows, 1 + x.n * x.d * x.d / kSmall);
     const int workers = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, useful)));
-    const auto work = [&](int first) {
-        Worker<In, T> worker(x, first, workers);
+    std::vector<Worker<In, T>> team;  // all memory is allocated before the state is touched
+    team.reserve(workers);
+    for (int first = 0; first < workers; ++first) team.emplace_back(x, first, workers);
+    const auto work = [&](Worker<In, T>& worker) {
         for (int64_t g = 0; g < groups; ++g)
             if (begin[g] < begin[g + 1])
                 worker.run(group ? order.data() + begin[g] : nullptr, begin[g + 1] - begin[g], shift + g * x.d,
                            total + g * x.d, scatter[g]);
     };
     std::vector<std::thread> pool;
-    for (int first = 1; first < workers; ++first) pool.emplace_back(work, first);
-    work(0);
+    pool.reserve(workers);
+    for (int first = 1; first < workers; ++first) {
+        try {
+            pool.emplace_back(work, std::ref(team[first]));
+        } catch (const std::system_error&) {  // no more threads to be had
+            work(team[first]);
+        }
+    }
+    work(team[0]);
     for (auto& thread : pool) thread.join();
     for (int64_t g = 0; g < groups; ++g)
         if (begin[g] < begin[g + 1]) mirror(scatter[g], x.d);

@@ -37,7 +37,6 @@ class _Entry:
     function: Callable[..., Any]
     devices: tuple[str, ...]  # device types served; empty: all
     dtypes: tuple[torch.dtype, ...]
-    prefer: Callable[..., bool] | None  # may decline a shape that another backend serves faster
 
 
 _ENTRIES: dict[str, list[_Entry]] = {}
@@ -48,19 +47,16 @@ def implements(
     backend: str,
     devices: tuple[str, ...] = (),
     dtypes: tuple[torch.dtype, ...] = FLOATS,
-    prefer: Callable[..., bool] | None = None,
 ) -> Callable[[_Function], _Function]:
     """Register the decorated function as `op` of `backend`; register the preferred one first.
 
     Args:
         devices: device types served, () for all.
         dtypes: input dtypes served.
-        prefer: called with the shape given to `choose`; False leaves that shape to the next backend. Ignored where
-            LOFT_FAST_BACKEND asks for this backend by name.
     """
 
     def register(function: _Function) -> _Function:
-        _ENTRIES.setdefault(op, []).append(_Entry(backend, function, devices, dtypes, prefer))
+        _ENTRIES.setdefault(op, []).append(_Entry(backend, function, devices, dtypes))
         return function
 
     return register
@@ -71,20 +67,18 @@ def available() -> tuple[str, ...]:
     return tuple(name for name in _NAMES if _exists(name))
 
 
-def choose(op: str, device: torch.device | str, dtype: torch.dtype, shape: tuple[int, ...] | None = None) -> str:
-    """Name of the backend that serves `op` for input of this dtype on this device (and, if given, of this shape).
+def choose(op: str, device: torch.device | str, dtype: torch.dtype) -> str:
+    """Name of the backend that serves `op` for input of this dtype on this device.
 
     Raises:
         InputError: LOFT_FAST_BACKEND names a backend that is unknown or not available here.
     """
-    return _pick(op, device, dtype, shape).backend
+    return _pick(op, device, dtype).backend
 
 
-def implementation(
-    op: str, device: torch.device | str, dtype: torch.dtype, shape: tuple[int, ...] | None = None
-) -> Callable[..., Any]:
+def implementation(op: str, device: torch.device | str, dtype: torch.dtype) -> Callable[..., Any]:
     """The function behind `choose`."""
-    return _pick(op, device, dtype, shape).function
+    return _pick(op, device, dtype).function
 
 
 def interpreting() -> bool:
@@ -101,7 +95,7 @@ def native_module() -> ModuleType:
     return importlib.import_module("loft_fast._native")
 
 
-def _pick(op: str, device: torch.device | str, dtype: torch.dtype, shape: tuple[int, ...] | None) -> _Entry:
+def _pick(op: str, device: torch.device | str, dtype: torch.dtype) -> _Entry:
     device_type = torch.device(device).type
     entries = [
         entry
@@ -112,12 +106,7 @@ def _pick(op: str, device: torch.device | str, dtype: torch.dtype, shape: tuple[
     ]
     asked = _asked()
     for entry in entries:
-        if asked is not None:
-            if entry.backend == asked:
-                return entry
-        elif not _interprets(entry, device_type) and (
-            shape is None or entry.prefer is None or entry.prefer(device_type, dtype, shape)
-        ):
+        if entry.backend == asked or (asked is None and not _interprets(entry, device_type)):
             return entry
     for entry in entries:
         if entry.backend == "torch":

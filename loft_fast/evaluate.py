@@ -127,7 +127,7 @@ def observe(model: nn.Module, loader: Iterable[Any], site: str | None = None, na
     truth: list[Tensor] = []
     hook = place.hook(lambda z: features.append(place.channels_last(z).flatten(1).double().cpu()))
     try:
-        with evaluating(target), torch.inference_mode():
+        with evaluating(target):
             for raw in loader:
                 batch = batches.to_device(raw, device)
                 outputs.append(batches.logits(batches.call(target, batch)).double().log_softmax(1).cpu())

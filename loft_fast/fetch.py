@@ -55,7 +55,7 @@ def fetch_moments(
         if run_on != home:
             target.to(run_on)
         hook = place.hook(lambda features: caught.append(features))
-        with evaluating(target), torch.inference_mode():
+        with evaluating(target):
             bar = tqdm(loader, desc=f"moments at {place}", unit="batch", disable=not progress, leave=False)
             for index, raw in enumerate(bar):
                 caught.clear()

@@ -7,20 +7,29 @@ its own mean before it is multiplied, so a mean far larger than the spread costs
 from __future__ import annotations
 
 import os
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from loft_fast import files, ops
+from loft_fast.backends import FLOATS
 from loft_fast.errors import FileFormatError, InputError
 
+# The largest magnitudes whose squares a kernel can sum over a block without overflow, in float64 and in float32.
+_LARGEST_DOUBLE, _LARGEST_FLOAT = 1e150, 1e17
 # Rows converted to float64 at a time where only a mean is wanted: bounds the copy, not the result.
 _CHUNK = 4096
 # A removal that leaves a variance below -this * (variance before) took away rows that were never there.
 _NEGATIVE = 1e-8
 
-AnyMoments = TypeVar("AnyMoments", bound="Moments")
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def lasting(function: _Function) -> _Function:
+    """Run `function` without inference mode and autograd: its tensors may be changed and used anywhere later."""
+    return torch.inference_mode(False)(torch.no_grad()(function))
 
 
 class Moments:
@@ -40,6 +49,7 @@ class Moments:
         InputError: on any call with input of the wrong dimension or type, or with NaN or Inf; the state is unchanged.
     """
 
+    @lasting
     def __init__(self, dim: int, device: torch.device | str | None = None) -> None:
         if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
             raise InputError(f"dim: got {dim!r}, expected an integer >= 1")
@@ -89,6 +99,7 @@ class Moments:
         self._check_partner(other)
         return pool([self, other])
 
+    @lasting
     def __sub__(self, other: Moments) -> Moments:
         self._check_partner(other)
         left = self.count - other.count
@@ -188,20 +199,21 @@ def as_rows(x: Tensor, dim: int, device: torch.device) -> Tensor:
     """x as (n, d) on `device`; refuses what is not a float tensor of that width."""
     if not isinstance(x, Tensor):
         raise InputError(f"x: got {type(x).__name__}, expected a torch.Tensor of shape (..., {dim})")
-    if not x.is_floating_point():
-        raise InputError(f"x: got dtype {x.dtype}, expected a float dtype")
+    if x.dtype not in FLOATS:
+        raise InputError(f"x: got dtype {x.dtype}, expected one of {', '.join(map(str, FLOATS))}")
     if x.ndim < 2 or x.shape[-1] != dim:
         raise InputError(f"x: got shape {tuple(x.shape)}, expected (n, {dim}) or (..., {dim})")
     return x.detach().reshape(-1, dim).to(device)
 
 
+@lasting
 def accumulate(parts: list[Moments], rows: Tensor, group: Tensor | None = None) -> None:
     """Add row i of `rows` (n, d) to parts[group[i]], or all rows to parts[0]; every part must be distinct."""
     if not len(rows):
         return
+    _check_values(rows)
     counts = torch.bincount(group, minlength=len(parts)) if group is not None else torch.tensor([len(rows)])
     shift = _group_means(rows, group, counts.to(rows.device))
-    check_finite(rows, shift)
     residue = torch.zeros_like(shift)
     ops.moments_update(rows, shift, residue, [part._own_scatter() for part in parts], group)
     for part, n, center, rest in zip(parts, counts.tolist(), shift, residue, strict=True):
@@ -230,15 +242,19 @@ def _group_means(rows: Tensor, group: Tensor | None, counts: Tensor) -> Tensor:
     return sums / counts.clamp(min=1).unsqueeze(1)
 
 
-def check_finite(rows: Tensor, sums: Tensor) -> None:
-    """Refuse rows with NaN or Inf. `sums` are any sums over all rows: one bad value anywhere shows in them."""
-    if not bool(torch.isfinite(sums).all()):
-        bad = int((~torch.isfinite(rows)).any(1).sum())
-        if bad:
-            raise InputError(f"x: {bad} of {len(rows)} rows contain NaN or Inf, expected finite features")
-        raise InputError("x: features so large that their float64 sum overflows")
+def _check_values(rows: Tensor) -> None:
+    """Refuse rows with NaN or Inf, and rows whose squares could overflow."""
+    largest = max(abs(float(bound)) for bound in torch.aminmax(rows))
+    limit = _LARGEST_DOUBLE if rows.dtype == torch.float64 else _LARGEST_FLOAT
+    if largest <= limit:
+        return
+    bad = int((~torch.isfinite(rows)).any(1).sum())
+    if bad:
+        raise InputError(f"x: {bad} of {len(rows)} rows contain NaN or Inf, expected finite features")
+    raise InputError(f"x: got features up to {largest:.1e}, expected at most {limit:.0e}, or their squares overflow")
 
 
+@lasting
 def pool(parts: list[Moments]) -> Moments:
     """Moments of the union of disjoint parts, summed in the order given (MATH: Chan, Golub, LeVeque)."""
     result = Moments(parts[0].dim, parts[0].device)
@@ -287,6 +303,7 @@ def int_header(path: str | os.PathLike[str], header: dict[str, str], name: str) 
         raise FileFormatError(f"path: {str(path)!r} has no valid {name!r} in its header") from error
 
 
+@lasting
 def restore(
     path: str | os.PathLike[str],
     count: int,

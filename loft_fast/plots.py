@@ -49,7 +49,7 @@ def predictions(result: Result) -> Figure:
     """A row of forgotten test images with every model's answers below, then the answers to all of them as bars."""
     data, rows, forget = result["predictions"], result["rows"], set(result["forget"])
     figure = Figure(figsize=(8, 8.2), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=[1, 1.1]).flat
+    top, bottom = figure.subfigures(2, 1, height_ratios=[1, 1.1], squeeze=False)[:, 0]
     _samples(top.subplots(), data, rows, forget)
     panels = bottom.subplots(2, 3, sharex=True, sharey=True)
     bottom.suptitle(f"Answers to all {sum(data['counts']['original'])} forgotten test images", **_STYLE)

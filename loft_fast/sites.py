@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -124,13 +125,22 @@ def find_site(model: nn.Module, site: str | None = None) -> Site:
     return Site(name, "output" if side == "output" else "input", modules[name])
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile has been applied to the model or to a module in it."""
+    return any("_orig_mod" in m._modules or getattr(m, "_compiled_call_impl", None) for m in model.modules())
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards every module is back in the mode it was in, whatever happened."""
+    """Eval and inference mode inside, and no compiled code, which would not see new hooks.
+
+    Afterwards every module is back in the mode it was in, whatever happened.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        yield
+        with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         for module, mode in modes:
             module.training = mode

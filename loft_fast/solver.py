@@ -18,7 +18,7 @@ from loft_fast.errors import InputError
 from loft_fast.frontier import Frontier, Point
 from loft_fast.goals import Distance, Goal, KeepRetain, linear_text
 from loft_fast.grouped_moments import GroupedMoments
-from loft_fast.moments import Moments
+from loft_fast.moments import Moments, lasting
 from loft_fast.objective import About, build_objective, pooled
 from loft_fast.projection import Certificate, Projection
 
@@ -40,6 +40,7 @@ class Optimum:
         return max(0.0, self.loss - self.bound) / max(self.loss, _TINY_LOSS)
 
 
+@lasting
 def solve(
     retain: Moments | GroupedMoments,
     forget: Moments | GroupedMoments,

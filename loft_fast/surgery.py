@@ -10,19 +10,27 @@ from torch import Tensor, nn
 
 from loft_fast.errors import FoldError, InputError
 from loft_fast.projection import Projection
-from loft_fast.sites import _CONV, Site, find_site, unwrap
+from loft_fast.sites import _CONV, Site, find_site, is_compiled, unwrap
 
 
 class Attached:
     """A projection at work in a model until `remove` is called or the `with` block ends."""
 
-    def __init__(self, site: Site, projection: nn.Module) -> None:
+    def __init__(self, site: Site, projection: nn.Module, compiled: bool) -> None:
         self.site = site
+        self._compiled = compiled
         self._handle = site.hook(_Project(site, projection))
+        self._recompile()
 
     def remove(self) -> None:
         """Take the projection out of the model again; more than once does no harm."""
         self._handle.remove()
+        self._recompile()
+
+    def _recompile(self) -> None:
+        # Compiled code has its hooks built in and no guard on them.
+        if self._compiled:
+            torch.compiler.reset()
 
     def __enter__(self) -> Attached:
         return self
@@ -50,7 +58,7 @@ def attach(model: nn.Module, projection: nn.Module, site: str | None = None) -> 
     """Project the features at `site` in every forward pass, reversibly.
 
     Args:
-        model: any torch model. If it is compiled, later calls see the projection too (the first one recompiles).
+        model: any torch model. A compiled one compiles again at its next call.
         projection: a `Projection`, or any module that maps features (..., d) to (..., d).
         site: as for `fetch_moments`; default: the projection's own site, else the input of the last nn.Linear.
 
@@ -64,7 +72,7 @@ def attach(model: nn.Module, projection: nn.Module, site: str | None = None) -> 
     if isinstance(projection, Projection):
         _check_dim(place, projection)
         projection = copy.deepcopy(projection)  # moved to the features' device without moving the caller's
-    return Attached(place, projection)
+    return Attached(place, projection, is_compiled(model))
 
 
 def fold(model: nn.Module, projection: Projection, site: str | None = None) -> None:

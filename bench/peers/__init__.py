@@ -1,1 +1,1 @@
-"""Rival methods, each from its published description, for the demo and the benchmarks (installed as loft_fast.peers)."""
+"""Rival methods, each from its published description, for demo and benchmarks (installed as loft_fast.peers)."""

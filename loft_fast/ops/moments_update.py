@@ -10,6 +10,8 @@ from loft_fast.errors import InputError
 from loft_fast.ops import reference
 
 _OP = "moments_update"
+# loft_fast::DType in csrc/moments_update.h
+_NATIVE_DTYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
 def moments_update(x: Tensor, shift: Tensor, total: Tensor, scatter: list[Tensor], group: Tensor | None = None) -> None:
@@ -47,12 +49,36 @@ def _op(x: Tensor, shift: Tensor, total: Tensor, scatter: list[Tensor], group: T
             raise InputError(f"group: got indices from {low} to {high}, expected 0 to {len(scatter) - 1}")
     if x.shape[0] == 0:
         return
-    backends.implementation(_OP, x.device, x.dtype, (*x.shape, len(scatter)))(x, shift, total, scatter, group)
+    backends.implementation(_OP, x.device, x.dtype)(x, shift, total, scatter, group)
 
 
 @_op.register_fake
 def _fake(x: Tensor, shift: Tensor, total: Tensor, scatter: list[Tensor], group: Tensor | None) -> None:
     return None
+
+
+@backends.implements(_OP, "native", devices=("cpu",))
+def _native(x: Tensor, shift: Tensor, total: Tensor, scatter: list[Tensor], group: Tensor | None) -> None:
+    group = None if group is None else group.contiguous()
+    shift = shift.contiguous()
+    backends.native_module().moments_update(
+        x.data_ptr(),
+        _NATIVE_DTYPES[x.dtype],
+        *x.shape,
+        *x.stride(),
+        0 if group is None else group.data_ptr(),
+        shift.data_ptr(),
+        total.data_ptr(),
+        [matrix.data_ptr() for matrix in scatter],
+        torch.get_num_threads(),
+    )
+
+
+@backends.implements(_OP, "triton", devices=("cuda",), dtypes=(torch.float16, torch.bfloat16, torch.float32))
+def _triton(x: Tensor, shift: Tensor, total: Tensor, scatter: list[Tensor], group: Tensor | None) -> None:
+    from loft_fast.kernels import moments_update as kernel
+
+    kernel.launch(x, shift, total, scatter, group)
 
 
 backends.implements(_OP, "torch")(reference.moments_update)
