@@ -32,8 +32,8 @@ def _moments_update(
     i, j = tl.program_id(0), tl.program_id(1)
     if j < i:  # the lower triangle is the mirror image that the program above the diagonal writes
         return
-    columns_i = i * TILE + tl.arange(0, TILE)
-    columns_j = j * TILE + tl.arange(0, TILE)
+    columns_i = (i * TILE + tl.arange(0, TILE)).to(tl.int64)  # times a stride they may pass 2^31
+    columns_j = (j * TILE + tl.arange(0, TILE)).to(tl.int64)
     in_i, in_j = columns_i < d, columns_j < d
     shift_i = tl.load(shift_ptr + columns_i, mask=in_i, other=0.0)
     shift_j = tl.load(shift_ptr + columns_j, mask=in_j, other=0.0)
@@ -55,16 +55,16 @@ def _moments_update(
             total += tl.sum(z_i, axis=0)
             short += tl.dot(tl.trans(z_i.to(tl.float32)), z_j.to(tl.float32), input_precision="ieee")
         scatter += short.to(tl.float64)
-    mask = in_i[:, None] & in_j[None, :]
+    # A tile on the diagonal is mirrored as well: its product may round (i, j) and (j, i) apart.
+    mask = in_i[:, None] & in_j[None, :] & (columns_i[:, None] <= columns_j[None, :])
     upper = scatter_ptr + columns_i[:, None] * d + columns_j[None, :]
     lower = scatter_ptr + columns_j[None, :] * d + columns_i[:, None]
     result = tl.load(upper, mask=mask, other=0.0) + scatter
     tl.store(upper, result, mask=mask)
+    tl.store(lower, result, mask=mask)
     if i == j:
         old = tl.load(total_ptr + columns_i, mask=in_i, other=0.0)
         tl.store(total_ptr + columns_i, old + total, mask=in_i)
-    else:
-        tl.store(lower, result, mask=mask)
 
 
 def launch(x: Tensor, shift: Tensor, total: Tensor, scatter: Sequence[Tensor], group: Tensor | None) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,22 +16,29 @@ _LABELS = ("labels", "label")
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Every tensor in nested dictionaries, lists and tuples moved to the device."""
-    if isinstance(batch, Tensor):
-        return batch.to(device)
+    """Every tensor in nested dictionaries, lists and tuples moved to the device, and all else that has a `.to`."""
     if isinstance(batch, Mapping):
         return {key: to_device(value, device) for key, value in batch.items()}
+    if hasattr(batch, "to"):  # packed sequences are tuples too
+        return batch.to(device)
     if isinstance(batch, list | tuple):
-        return [to_device(value, device) for value in batch]
+        moved = [to_device(value, device) for value in batch]
+        return type(batch)(*moved) if hasattr(batch, "_fields") else moved
     return batch
 
 
-def call(model: nn.Module, batch: Any) -> Any:
-    """model(x) for x, (x, ...) or model(**x) for a dictionary, labels left out."""
+def call(model: nn.Module, batch: Any, group: Group | None = None) -> Any:
+    """model(x) for x, (x, ...) or model(**x) for a dictionary.
+
+    Labels are left out, and so is what the model's forward does not take.
+    """
     inputs = batch[0] if isinstance(batch, list | tuple) else batch
-    if isinstance(inputs, Mapping):
-        return model(**{key: value for key, value in inputs.items() if key not in _LABELS})
-    return model(inputs)
+    if not isinstance(inputs, Mapping):
+        return model(inputs)
+    parameters = inspect.signature(model.forward).parameters
+    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    taken = [key for key in inputs if key in parameters or (anything and key != group)]
+    return model(**{key: inputs[key] for key in taken if key not in _LABELS})
 
 
 def labels(batch: Any) -> Any:
@@ -57,24 +65,48 @@ def logits(output: Any) -> Tensor:
     return found
 
 
-def keys(batch: Any, output: Any, group: Group) -> Tensor | Sequence[Any]:
-    """One group key per row of the batch.
+def keys(batch: Any, output: Any, group: Group) -> Tensor | list[Any] | None:
+    """The group keys of a batch, one per row or one per position.
 
-    group: "label"; "prediction" (argmax of the output); "auto" (label if there is one, else prediction); another
-    string or an integer indexes the batch; a callable gets the batch.
+    group: "label"; "prediction" (argmax of the logits); "auto" (the label if each row has one, else the prediction if
+    each row has one, else None); another string or an integer indexes the batch; a callable gets the batch.
     """
-    if callable(group):
-        return group(batch)
-    if group in ("label", "auto"):
+    if group == "auto":
         found = labels(batch)
-        if isinstance(found, Tensor) and not found.is_floating_point():
+        if isinstance(found, Tensor) and found.ndim == 1 and not found.is_floating_point():
             return found
-        if group == "label":
-            raise InputError("group: got 'label', but the batches carry no integer labels, expected (x, y) or a dict")
-        group = "prediction"
-    if group == "prediction":
-        return logits(output).argmax(1)
+        scores = getattr(output, "logits", output)
+        return scores.argmax(1) if isinstance(scores, Tensor) and scores.ndim == 2 else None
+    if group == "label":
+        found = labels(batch)
+        if found is None or (isinstance(found, Tensor) and found.is_floating_point()):
+            raise InputError("group: got 'label', but the batches carry no class labels, expected (x, y) or a dict")
+    elif group == "prediction":
+        scores = logits(output)
+        found = scores.argmax(-1 if scores.ndim == 3 else 1)  # (n, t, classes), but (n, classes, h, w)
+    elif callable(group):
+        found = group(batch)
+    else:
+        found = _entry(batch, group)
+    return _listed(found)
+
+
+def _entry(batch: Any, key: str | int) -> Any:
     try:
-        return batch[group]
-    except (KeyError, IndexError, TypeError) as error:
-        raise InputError(f"group: got {group!r}, which is not in the batches ({type(batch).__name__})") from error
+        if not isinstance(batch, Tensor):  # whose index is a row, not an entry
+            return batch[key]
+    except (KeyError, IndexError, TypeError):
+        pass
+    raise InputError(f"group: got {key!r}, which is not in the batches ({type(batch).__name__})")
+
+
+def _listed(found: Any) -> Tensor | list[Any]:
+    """Group keys as a tensor, or as a list of what can be a key of a dictionary."""
+    if isinstance(found, Tensor):
+        return found
+    if hasattr(found, "__array__") and found.dtype.kind in "iu":
+        return torch.as_tensor(found)
+    listed = list(found) if isinstance(found, Iterable) and not isinstance(found, str) else None
+    if listed is None or not all(isinstance(key, Hashable) for key in listed):
+        raise InputError(f"group: got {type(found).__name__}, expected a tensor or a list with one key per row")
+    return listed

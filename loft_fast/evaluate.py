@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from loft_fast import batches
-from loft_fast.errors import InputError, MissingExtraError
-from loft_fast.sites import evaluating, find_site, unwrap
+from loft_fast.errors import InputError, MissingExtraError, SiteError
+from loft_fast.sites import Site, device_of, evaluating, find_site, unwrap
 from loft_fast.surgery import attach
 
 SETS = ("retain_train", "forget_train", "retain_test", "forget_test")
+_TESTS = SETS[2:]
+_ATTACK_SETS = ("retain_train", "retain_test", "forget_train")
 _ATTACK_ROWS = 2000  # rows a side that the attack is trained on: an RBF SVC is cubic in them
 
 
@@ -50,11 +54,19 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One set seen through a model: features (n, d), log-probabilities (n, classes), labels (n,)."""
+    """One set seen through a model, in float64 on the CPU.
 
-    features: Tensor
-    log_probabilities: Tensor
+    Attributes:
+        labels: (n,) the true classes.
+        log_probabilities: (n, classes).
+        reference: (n, classes) log-probabilities by the reference model; empty without one.
+        features: (n, d) at the site, the mean over the positions of a row that has several; empty without a site.
+    """
+
     labels: Tensor
+    log_probabilities: Tensor
+    reference: Tensor
+    features: Tensor
 
     @property
     def accuracy(self) -> float:
@@ -82,7 +94,7 @@ def evaluate(
     Args:
         model: the model as it is, or the original one together with `projection`.
         sets: loaders of (x, y) or dictionaries with labels, under any of "retain_train", "forget_train",
-            "retain_test", "forget_test".
+            "retain_test", "forget_test". Each is passed over once.
         site: where the features for the probe are read (features after the projection); default as `fetch_moments`.
         projection: any module on features, attached at the site for the evaluation only. Needed for an honest probe of
             a folded model, whose features are as before: its head no longer looks at the dropped ones.
@@ -90,54 +102,119 @@ def evaluate(
         probe, membership: leave these measures out to save time.
 
     Raises:
-        InputError: an unknown or empty set, or batches without labels.
+        InputError: an unknown or empty set, or labels (n,) that are no classes of the outputs (n, classes).
         MissingExtraError: scikit-learn is needed for `probe` and `membership`.
     """
     start = time.perf_counter()
     unknown = sorted(set(sets) - set(SETS))
     if unknown or not sets:
         raise InputError(f"sets: got {unknown or 'none'}, expected some of {', '.join(SETS)}")
-    if projection is None:
-        seen = {name: observe(model, loader, site, name) for name, loader in sets.items()}
-    else:
-        with attach(model, projection, site):
-            seen = {name: observe(model, loader, site, name) for name, loader in sets.items()}
+    probe = probe and set(SETS) <= set(sets)
+    membership = membership and set(_ATTACK_SETS) <= set(sets)
+    if probe or membership:
+        _require_sklearn()
+    place = find_site(model, site) if probe or site is not None else None
+    if reference is not None and unwrap(reference, "reference") is unwrap(model) and projection is not None:
+        reference = copy.deepcopy(reference)  # the model as it is, without the projection
+    with ExitStack() as stack:
+        if projection is not None:
+            stack.enter_context(attach(model, projection, site))
+        seen = {
+            name: observe(model, loader, place if probe else None, reference if name in _TESTS else None, name)
+            for name, loader in sets.items()
+        }
     values: dict[str, float] = {name: outcome.accuracy for name, outcome in seen.items()}
-    attacked = ("retain_train", "retain_test", "forget_train")
-    if membership and set(attacked) <= set(seen):
-        values["mia"] = membership_inference(*(seen[name].confidence for name in attacked))
-    if probe and set(SETS) <= set(seen):
+    if membership:
+        values["mia"] = membership_inference(*(seen[name].confidence for name in _ATTACK_SETS))
+    if probe:
         values["probe_auc"] = probe_auc(*(seen[name].features for name in SETS))
-    tests = [name for name in ("retain_test", "forget_test") if name in seen]
+    tests = [seen[name] for name in _TESTS if name in seen]
     if reference is not None and tests:
-        mine = torch.cat([seen[name].log_probabilities for name in tests])
-        theirs = torch.cat([observe(reference, sets[name], site, name).log_probabilities for name in tests])
+        mine = torch.cat([outcome.log_probabilities for outcome in tests])
+        theirs = torch.cat([outcome.reference for outcome in tests])
         values["agreement"] = 100 * float((mine.argmax(1) == theirs.argmax(1)).double().mean())
-        values["kl"] = float((theirs.exp() * (theirs - mine)).sum(1).mean())
+        values["kl"] = float(_kl(theirs, mine).mean())
     return Evaluation(**values, seconds=time.perf_counter() - start)
 
 
-def observe(model: nn.Module, loader: Iterable[Any], site: str | None = None, name: str = "loader") -> Outcome:
-    """Features at the site, log-probabilities and labels of all rows, in float64 on the CPU."""
-    place = find_site(model, site)
-    target = unwrap(model)
-    device = next((p.device for p in target.parameters()), torch.device("cpu"))
-    features: list[Tensor] = []
-    outputs: list[Tensor] = []
+def _kl(reference: Tensor, model: Tensor) -> Tensor:
+    """KL(reference || model) of log-probabilities (n, classes), (n,); a class ruled out by the reference counts 0."""
+    return torch.where(reference.isneginf(), 0.0, reference.exp() * (reference - model)).sum(1)
+
+
+def observe(
+    model: nn.Module,
+    loader: Iterable[Any],
+    place: Site | None = None,
+    reference: nn.Module | None = None,
+    name: str = "loader",
+) -> Outcome:
+    """Labels and log-probabilities of all rows, also by a reference on the same batches, and features at the site."""
+    caught: list[Tensor] = []
     truth: list[Tensor] = []
-    hook = place.hook(lambda z: features.append(place.channels_last(z).flatten(1).double().cpu()))
-    try:
-        with evaluating(target):
-            for raw in loader:
-                batch = batches.to_device(raw, device)
-                outputs.append(batches.logits(batches.call(target, batch)).double().log_softmax(1).cpu())
-                truth.append(torch.as_tensor(batches.keys(batch, None, "label")).cpu())
-    finally:
-        hook.remove()
-    rows = sum(len(part) for part in truth)
-    if not rows:
+    mine: list[Tensor] = []
+    theirs: list[Tensor] = []
+    features: list[Tensor] = []
+    with ExitStack() as stack:
+        for part in (model, reference):
+            if part is not None:
+                stack.enter_context(evaluating(unwrap(part)))
+        if place is not None:
+            stack.callback(place.hook(lambda z: caught.append(z.clone())).remove)
+        for raw in loader:
+            caught.clear()
+            scores, batch = _scores(model, raw)
+            mine.append(scores)
+            truth.append(_classes(name, batch, scores))
+            if place is not None:
+                features.append(_one_per_row(place, caught, batches.attention_mask(batch)))
+            if reference is not None:
+                theirs.append(_scores(reference, raw)[0])
+    if not sum(len(part) for part in truth):
         raise InputError(f"{name}: the set is empty, expected at least one row")
-    return Outcome(torch.cat(features), torch.cat(outputs), torch.cat(truth))
+    return Outcome(*(torch.cat(parts) if parts else torch.empty(0) for parts in (truth, mine, theirs, features)))
+
+
+def _scores(model: nn.Module, raw: Any) -> tuple[Tensor, Any]:
+    """Log-probabilities (n, classes) of a batch, in float64 on the CPU, and the batch where the model is."""
+    target = unwrap(model)
+    batch = batches.to_device(raw, device_of(target))
+    return batches.logits(batches.call(target, batch)).double().log_softmax(1).cpu(), batch
+
+
+def _classes(name: str, batch: Any, scores: Tensor) -> Tensor:
+    """The labels (n,) of a batch, if they are classes of these scores (n, classes)."""
+    labels = batches.labels(batch)
+    if isinstance(labels, list) and all(isinstance(label, int) for label in labels):
+        labels = torch.tensor(labels)
+    fits = isinstance(labels, Tensor) and not labels.is_floating_point() and labels.shape == scores.shape[:1]
+    if not fits or scores.ndim != 2 or scores.shape[1] < 2 or bool(((labels < 0) | (labels >= scores.shape[1])).any()):
+        got = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+        raise InputError(
+            f"{name}: got labels {got} and outputs {tuple(scores.shape)}, expected (n,) class indices and (n, classes)"
+        )
+    return labels.long().cpu()
+
+
+def _one_per_row(place: Site, caught: list[Tensor], mask: Tensor | None) -> Tensor:
+    """Features (n, d) in float64 on the CPU: means over a row's (real) positions and over the module's calls."""
+    if not caught:
+        raise SiteError(f"site: {str(place)!r} is not reached in the forward pass")
+    means = []
+    for features in caught:
+        positions = place.channels_last(features).double().cpu().unsqueeze(1).flatten(1, -2)  # (n, t, d)
+        weight = torch.ones(positions.shape[:2], dtype=torch.float64)
+        if mask is not None and mask.shape == weight.shape:
+            weight = mask.cpu().bool().double()
+        means.append((weight.unsqueeze(1) @ positions).squeeze(1) / weight.sum(1, keepdim=True).clamp_min(1))
+    return torch.stack(means).mean(0)
+
+
+def _require_sklearn() -> None:
+    try:
+        import sklearn  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError("evaluate needs scikit-learn: pip install 'loft-fast[demo]'") from error
 
 
 def membership_inference(members: Tensor, others: Tensor, forgotten: Tensor) -> float:
@@ -146,10 +223,9 @@ def membership_inference(members: Tensor, others: Tensor, forgotten: Tensor) -> 
     The attack (arXiv 2601.22456): an RBF support vector classifier, C = 3, on the confidence in the true class, trained
     on equally many retain training rows (members) and test rows (others). All arguments are (n,) probabilities.
     """
-    try:
-        from sklearn.svm import SVC
-    except ImportError as error:
-        raise MissingExtraError("evaluate needs scikit-learn: pip install 'loft-fast[demo]'") from error
+    _require_sklearn()
+    from sklearn.svm import SVC
+
     n = min(len(members), len(others), _ATTACK_ROWS)
     generator = torch.Generator().manual_seed(0)
     known = [part[torch.randperm(len(part), generator=generator)[:n]] for part in (members, others)]
@@ -159,11 +235,10 @@ def membership_inference(members: Tensor, others: Tensor, forgotten: Tensor) -> 
 
 def probe_auc(retain: Tensor, forget: Tensor, retain_test: Tensor, forget_test: Tensor) -> float:
     """Area under the ROC curve, on test rows, of a logistic regression telling forget from retain features (n, d)."""
-    try:
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.metrics import roc_auc_score
-    except ImportError as error:
-        raise MissingExtraError("evaluate needs scikit-learn: pip install 'loft-fast[demo]'") from error
+    _require_sklearn()
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import roc_auc_score
+
     train, test = torch.cat([retain, forget]), torch.cat([retain_test, forget_test])
     # One scale for all features: scaling each by itself would blow rounding noise in dropped directions up to size one.
     mean, scale = train.mean(0), train.std().clamp_min(1e-30)

@@ -13,7 +13,7 @@ from loft_fast import batches
 from loft_fast.errors import InputError, SiteError
 from loft_fast.grouped_moments import GroupedMoments
 from loft_fast.moments import Moments
-from loft_fast.sites import Site, evaluating, find_site, unwrap
+from loft_fast.sites import Site, device_of, evaluating, find_site, unwrap
 
 
 def fetch_moments(
@@ -32,11 +32,12 @@ def fetch_moments(
     Args:
         model: any torch model; compiled and (distributed) data-parallel wrappers are looked through.
         loader: yields x, (x, y, ...) or dictionaries of model arguments (an `attention_mask` (n, t) then selects the
-            tokens that count). A batch may also be a dictionary with labels under "labels" or "label".
+            tokens that count), which may also hold labels, under "labels" or "label", and other entries.
         site: "name" or "name:input" for what a module reads, "name:output" for what it returns. None: the input of
             the last nn.Linear. Features (n, d) count as rows; (n, t, d) and (n, c, h, w) as one row per position.
         group: None for `Moments`. "label" for `GroupedMoments` by label; "prediction" by argmax of the model's output;
-            another key or index into the batch; or a callable batch -> keys.
+            another key or index into the batch; or a callable batch -> keys. One key per sample or per position.
+            "auto": by label or prediction if there is one per sample, else `Moments`.
         device: where to run, default: where the model is. The moments stay there.
         progress: show a progress bar.
 
@@ -45,28 +46,30 @@ def fetch_moments(
         InputError: no batches; NaN or Inf (the message says in which batch and how many rows); keys that do not match.
     """
     place = find_site(model, site)
+    if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
+        raise InputError(f"loader: got {type(loader).__name__}, expected an iterable of batches")
     target = unwrap(model)
     caught: list[Tensor] = []
-    home = _device(target)
+    home = device_of(target, alone=device is not None)
     run_on = torch.device(device) if device is not None else home
     result: Moments | GroupedMoments | None = None
     hook = None
     try:
         if run_on != home:
             target.to(run_on)
-        hook = place.hook(lambda features: caught.append(features))
-        with evaluating(target):
-            bar = tqdm(loader, desc=f"moments at {place}", unit="batch", disable=not progress, leave=False)
+        hook = place.hook(lambda features: caught.append(features.clone()))  # what follows may change them in place
+        bar = tqdm(loader, desc=f"moments at {place}", unit="batch", disable=not progress, leave=False)
+        with evaluating(target), bar:
             for index, raw in enumerate(bar):
                 caught.clear()
                 batch = batches.to_device(raw, run_on)
-                output = batches.call(target, batch)
+                output = batches.call(target, batch, group)
                 if not caught:
                     raise SiteError(f"site: {str(place)!r} is not reached in the forward pass")
                 keys = None if group is None else batches.keys(batch, output, group)
                 for features in caught:
                     if result is None:
-                        kind = Moments if group is None else GroupedMoments
+                        kind = Moments if keys is None else GroupedMoments
                         result = kind(features.shape[place.channel_dim(features)], features.device)
                     try:
                         _add(result, place, features, keys, batches.attention_mask(batch))
@@ -83,42 +86,38 @@ def fetch_moments(
     return result
 
 
-def _add(result: Moments | GroupedMoments, place: Site, features: Tensor, keys: Any, mask: Tensor | None) -> None:
+def _add(
+    result: Moments | GroupedMoments,
+    place: Site,
+    features: Tensor,
+    keys: Tensor | list[Any] | None,
+    mask: Tensor | None,
+) -> None:
     positions = place.channels_last(features)
     shape = positions.shape[:-1]
     real = None
     if mask is not None and len(shape) == 2:
         if mask.shape != shape:
             raise InputError(f"attention_mask: got shape {tuple(mask.shape)} for features of {tuple(shape)} positions")
-        real = mask.bool()
+        real = mask.to(positions.device).bool()
         positions = positions[real]
     if isinstance(result, Moments):
-        result.update(positions.reshape(-1, result.dim))
+        result.update(positions)
         return
-    index = keys if isinstance(keys, Tensor) else _tensor_or_list(keys)
-    if isinstance(index, list):
-        index, names = _enumerate(index)
-    else:
-        names = None
-    if index.shape[:1] != shape[:1]:
-        raise InputError(f"group: got {len(index)} keys for a batch of {shape[0]}")
+    if keys is None:
+        raise InputError("group: the batch has neither one label nor one prediction per row, as those before had")
+    index, names = (keys, None) if isinstance(keys, Tensor) else _enumerate(keys)
     if index.shape != shape:  # one key per sample: each of its positions gets it
-        index = index.reshape(len(index), *[1] * (len(shape) - 1)).expand(shape)
+        if index.shape[:1] != shape[:1] or index.numel() != shape[0]:
+            got = f"keys of shape {tuple(index.shape)} for features of {tuple(shape)} positions"
+            raise InputError(f"group: got {got}, expected one key per sample or per position")
+        index = index.reshape(-1, *[1] * (len(shape) - 1)).expand(shape)
+    index = index.to(positions.device)
     flat = (index[real] if real is not None else index).reshape(-1)
-    rows = positions.reshape(-1, result.dim)
-    result.update(rows, flat if names is None else [names[i] for i in flat.tolist()])
-
-
-def _tensor_or_list(keys: Any) -> Any:
-    return torch.as_tensor(keys) if hasattr(keys, "__array__") and keys.dtype.kind in "iu" else list(keys)
+    result.update(positions, flat if names is None else [names[i] for i in flat.tolist()])
 
 
 def _enumerate(keys: list[Any]) -> tuple[Tensor, list[Any]]:
     names = list(dict.fromkeys(keys))
     position = {key: i for i, key in enumerate(names)}
     return torch.tensor([position[key] for key in keys], dtype=torch.int64), names
-
-
-def _device(model: nn.Module) -> torch.device:
-    first = next(iter(model.parameters()), next(iter(model.buffers()), None))
-    return first.device if first is not None else torch.device("cpu")

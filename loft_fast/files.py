@@ -78,3 +78,17 @@ def read_tensors(
             return {name: file.get_tensor(name) for name in names}, header
     except (OSError, SafetensorError) as error:
         raise FileFormatError(f"path: cannot read {str(path)!r} as {wanted}: {error}") from error
+
+
+def writable_folder(name: str, folder: Path) -> Path:
+    """Make sure that `folder` exists and can be written, before any work whose result would go there.
+
+    Raises:
+        InputError: it cannot; the message begins with the argument's `name`.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise InputError(f"{name}: cannot write to {str(folder)!r}: {error.strerror or error}") from error

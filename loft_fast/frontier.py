@@ -54,7 +54,9 @@ class Frontier:
     def at(self, angle: float, rank: int | None = None) -> Point:
         """The extreme point for one angle: top `rank` eigenspace of M(angle), or its positive part (rank >= 1)."""
         values, vectors = self.spectrum(angle)
-        keep = rank if rank is not None else max(1, int((values > 0).sum()))
+        # Directions without variance in either set have rounding for an eigenvalue: that is not positive.
+        noise = len(values) * torch.finfo(values.dtype).eps * float(values.abs().max())
+        keep = rank if rank is not None else max(1, int((values > noise).sum()))
         basis = vectors[:, len(values) - keep :]
         return self._point(angle, float(values[len(values) - keep :].sum()), basis)
 
@@ -102,7 +104,7 @@ class Frontier:
         def value(t: float) -> float:
             c, s = torch.cos(t * theta), torch.sin(t * theta)
             a, b = (f + float((c * c * aa + 2 * c * s * ab + s * s * bb).sum()) for f, aa, ab, bb in forms)
-            return loss(a, b)
+            return loss(a - 1e-13, b)  # the basis below is rounded once more: stay on the safe side of a limit on a
 
         t = minimise(value)
         basis = torch.cat([still, a_dirs * torch.cos(t * theta) + b_dirs * torch.sin(t * theta)], dim=1)

@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
+_ROUNDING = 1e-12  # what a sum of d terms may lose: a point on the limit must not count as outside
+
 
 class Goal(Protocol):
     """A loss over the frontier that `solver.optimum` can minimise."""
@@ -60,16 +62,17 @@ class KeepRetain:
     share: float
 
     def loss(self, a: float, b: float) -> float:
-        # Rounding in a sum of d terms may not turn a point on the limit into one outside.
-        return b if a >= self.share - 1e-12 else math.inf
+        return b if a >= self.share - _ROUNDING else math.inf
 
     def bound(self, angle: float, support: float) -> float:
-        if math.sin(angle) < 1e-12:
-            return 0.0
-        return max(0.0, (math.cos(angle) * self.share - support) / math.sin(angle))
+        missing = math.cos(angle) * self.share - support
+        if math.sin(angle) < 1e-12:  # a <= support: either no limit on b, or no subspace at all
+            return math.inf if missing > _ROUNDING else 0.0
+        return max(0.0, missing / math.sin(angle))
 
     def residual(self, angle: float, a: float, b: float) -> float:
-        return a - self.share
+        # Positive wherever the loss is finite, so that a point on the limit is an inner end of the bracket.
+        return a - self.share + _ROUNDING
 
     @property
     def reach(self) -> bool:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from loft_fast import files
 from loft_fast.errors import FileFormatError, InputError
-from loft_fast.moments import Moments, accumulate, as_rows, pack, pool, restore
+from loft_fast.moments import Moments, accumulate, as_rows, pack, pool, restore, subtract
 
 Key = int | str
 
@@ -63,8 +64,7 @@ class GroupedMoments:
         return sorted(self._parts, key=lambda key: (isinstance(key, str), key))
 
     def __getitem__(self, key: Key) -> Moments:
-        self._check_keys([key])
-        part = self._parts[key].copy()
+        part = self._parts[self._known([key])[0]].copy()
         part.site = self.site
         return part
 
@@ -95,7 +95,7 @@ class GroupedMoments:
 
     def remove(self, x: Tensor, group: Tensor | Sequence[Key]) -> GroupedMoments:
         """Take away rows that were added before, each from its group; the inverse of `update` up to rounding."""
-        return self._become(self - GroupedMoments(self.dim, self.device).update(x, group))
+        return self._become(self._minus(GroupedMoments(self.dim, self.device).update(x, group), "x", "group"))
 
     def merge(self, other: GroupedMoments) -> GroupedMoments:
         """Add all groups of `other`, key by key, in place. Returns self."""
@@ -113,10 +113,13 @@ class GroupedMoments:
 
     def __sub__(self, other: GroupedMoments) -> GroupedMoments:
         self._check_partner(other)
-        self._check_keys(other.keys())
+        return self._minus(other, "other", "other")
+
+    def _minus(self, other: GroupedMoments, rows_name: str, keys_name: str) -> GroupedMoments:
+        """self - other, for an `other` made from arguments of these names."""
         result = self.select(self.keys())
-        for key in other:
-            result._parts[key] = result._parts[key] - other._parts[key]
+        for key in self._known(other.keys(), keys_name):
+            result._parts[key] = subtract(result._parts[key], other._parts[key], f"{rows_name} (group {key!r})")
         return result
 
     def _become(self, other: GroupedMoments) -> GroupedMoments:
@@ -127,18 +130,15 @@ class GroupedMoments:
 
     def select(self, keys: Iterable[Key]) -> GroupedMoments:
         """Only these groups; memory is shared with self until one of the two changes."""
-        keys = list(keys)
-        self._check_keys(keys)
         result = GroupedMoments(self.dim, self.device)
         result.site = self.site
-        result._parts = {key: self._parts[key].copy() for key in keys}
+        result._parts = {key: self._parts[key].copy() for key in self._known(keys)}
         return result
 
     def without(self, keys: Iterable[Key]) -> GroupedMoments:
         """All groups but these; memory is shared with self until one of the two changes."""
-        keys = list(keys)
-        self._check_keys(keys)
-        return self.select([key for key in self.keys() if key not in set(keys)])
+        dropped = set(self._known(keys))
+        return self.select([key for key in self.keys() if key not in dropped])
 
     def total(self) -> Moments:
         """Moments of all rows. Bit for bit the same whether a dropped group was never seen or forgotten later."""
@@ -150,10 +150,15 @@ class GroupedMoments:
         """Drop these groups for good. Returns self."""
         return self._become(self.without(keys))
 
-    def _check_keys(self, keys: Iterable[Key]) -> None:
-        unknown = [key for key in keys if not isinstance(key, Hashable) or key not in self._parts]
+    def _known(self, keys: Iterable[Key], name: str = "keys") -> list[Key]:
+        """`keys` (the argument `name`) as plain numbers and strings, each of which is a group here."""
+        if isinstance(keys, str) or not isinstance(keys, Iterable):
+            raise InputError(f"{name}: got {keys!r}, expected a list of keys")
+        plain = [_plain(key) for key in keys]
+        unknown = [key for key in plain if type(key) not in (int, str) or key not in self._parts]
         if unknown:
-            raise InputError(f"keys: no group {unknown[0]!r}; there are {_preview(self.keys())}")
+            raise InputError(f"{name}: no group {unknown[0]!r}; there are {_preview(self.keys())}")
+        return plain
 
     def _check_partner(self, other: object) -> None:
         if not isinstance(other, GroupedMoments):
@@ -172,7 +177,8 @@ class GroupedMoments:
             "mean": _stack([part.mean for part in parts], self.dim),
             "scatter": _stack([pack(part.scatter) for part in parts], self.dim * (self.dim + 1) // 2),
         }
-        header = {"keys": json.dumps(keys), "dim": str(self.dim), "site": self.site or ""}
+        residue = max((part._residue for part in parts), default=0.0)
+        header = {"keys": json.dumps(keys), "dim": str(self.dim), "residue": repr(residue), "site": self.site or ""}
         files.write_tensors(path, "grouped_moments", tensors, header)
 
     @classmethod
@@ -187,8 +193,9 @@ class GroupedMoments:
         try:
             keys = json.loads(header["keys"])
             dim = int(header["dim"])
-            fits = all(type(key) in (int, str) for key in keys) and len(set(keys)) == len(keys)
-        except (KeyError, TypeError, ValueError):
+            fits = isinstance(keys, list) and all(type(key) in (int, str) for key in keys)
+            fits = fits and len(set(keys)) == len(keys) and count.dtype == torch.int64
+        except (KeyError, ValueError, RecursionError):  # the last from brackets without end
             fits = False
         if not fits or dim < 1 or count.shape != (len(keys),) or mean.shape != (len(keys), dim):
             raise FileFormatError(f"path: {str(path)!r} holds groups that contradict themselves")
@@ -221,13 +228,21 @@ def _index_groups(group: Tensor | Sequence[Key], n: int) -> tuple[list[Key], Ten
         return [int(key) for key in keys.tolist()], index
     if isinstance(group, str) or not isinstance(group, Iterable):
         raise InputError(f"group: got {type(group).__name__}, expected one key per row ({n})")
-    listed = [key.item() if hasattr(key, "item") else key for key in group]
+    listed = [_plain(key) for key in group]
     _check_length(len(listed), n)
-    wrong = next((key for key in listed if type(key) not in (int, str)), None)
-    if wrong is not None:
-        raise InputError(f"group: got the key {wrong!r}, expected integers or strings")
+    wrong = [key for key in listed if type(key) not in (int, str)]
+    if wrong:
+        raise InputError(f"group: got the key {wrong[0]!r}, expected integers or strings")
     position = {key: i for i, key in enumerate(dict.fromkeys(listed))}
     return list(position), torch.tensor([position[key] for key in listed], dtype=torch.int64)
+
+
+def _plain(key: Any) -> Any:
+    """The Python value of a NumPy or torch scalar; anything else as it is, for the caller to judge."""
+    try:
+        return key.item()
+    except (AttributeError, RuntimeError, TypeError, ValueError):  # no scalar, or more than one number
+        return key
 
 
 def _check_length(got: int, n: int) -> None:

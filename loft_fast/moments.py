@@ -21,8 +21,10 @@ from loft_fast.errors import FileFormatError, InputError
 _LARGEST_DOUBLE, _LARGEST_FLOAT = 1e150, 1e17
 # Rows converted to float64 at a time where only a mean is wanted: bounds the copy, not the result.
 _CHUNK = 4096
-# A removal that leaves a variance below -this * (variance before) took away rows that were never there.
-_NEGATIVE = 1e-8
+# Relative errors of a variance (512 additions in float32: 3e-5 at worst, in the whole and again in what is removed)
+# and, after a long stream, of a mean: a removal that leaves a variance further below zero than they explain took away
+# rows that were never there.
+_VARIANCE_ERROR, _MEAN_ERROR = 1e-4, 1e-12
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -58,6 +60,7 @@ class Moments:
         self.mean = torch.zeros(dim, dtype=torch.float64, device=device)
         self._scatter: Tensor | None = None  # allocated by the first row: a key costs nothing until it has data
         self._shared = False
+        self._residue = 0.0  # what rounding in earlier removals may have left on the scatter's diagonal
         self.site: str | None = None
 
     @property
@@ -85,7 +88,7 @@ class Moments:
     def remove(self, x: Tensor) -> Moments:
         """Take rows away that were added before; the inverse of `update` up to rounding. Returns self."""
         rows = as_rows(x, self.dim, self.device)
-        self._become(self - Moments(self.dim, self.device).update(rows))
+        self._become(subtract(self, Moments(self.dim, self.device).update(rows), "x"))
         return self
 
     def merge(self, other: Moments) -> Moments:
@@ -99,29 +102,9 @@ class Moments:
         self._check_partner(other)
         return pool([self, other])
 
-    @lasting
     def __sub__(self, other: Moments) -> Moments:
         self._check_partner(other)
-        left = self.count - other.count
-        if left < 0:
-            raise InputError(f"other: cannot remove {other.count} rows from moments of {self.count}")
-        result = Moments(self.dim, self.device)
-        result.site = self.site
-        if left == 0:
-            return result
-        result.count = left
-        theirs = other.mean.to(self.device)
-        result.mean = self.mean + (self.mean - theirs) * (other.count / left)
-        step = (theirs - result.mean) * (left * other.count / self.count) ** 0.5
-        scatter = self.scatter - other.scatter.to(self.device)
-        result._scatter = scatter.addr_(step, step, alpha=-1)
-        worst = float((result._scatter.diagonal() + _NEGATIVE * self._uncentred_diagonal(result.mean)).min())
-        if worst < 0:
-            raise InputError("other: these rows were never added (a variance would become negative)")
-        return result
-
-    def _uncentred_diagonal(self, about: Tensor) -> Tensor:
-        return self.scatter.diagonal() + self.count * (self.mean - about).square()
+        return subtract(self, other, "other")
 
     def copy(self) -> Moments:
         """An independent Moments with the same state; memory is shared until one of the two changes."""
@@ -131,6 +114,7 @@ class Moments:
 
     def _become(self, other: Moments) -> None:
         self.count, self.mean, self._scatter = other.count, other.mean, other._scatter
+        self._residue = other._residue
         self.site = self.site or other.site
         self._shared = other._shared = True
 
@@ -155,8 +139,10 @@ class Moments:
         """scatter / (count - ddof), (d, d) float64.
 
         Raises:
-            InputError: count <= ddof.
+            InputError: count <= ddof, or ddof is not an integer >= 0.
         """
+        if isinstance(ddof, bool) or not isinstance(ddof, int) or ddof < 0:
+            raise InputError(f"ddof: got {ddof!r}, expected an integer >= 0")
         if self.count <= ddof:
             raise InputError(f"ddof: a covariance with ddof={ddof} needs more than {ddof} rows, got {self.count}")
         return self.scatter / (self.count - ddof)
@@ -169,16 +155,17 @@ class Moments:
         """
         if self.count == 0:
             raise InputError("second_moment: these moments hold no rows")
-        if about.shape != (self.dim,):
-            raise InputError(f"about: got shape {tuple(about.shape)}, expected ({self.dim},)")
+        if not isinstance(about, Tensor) or about.shape != (self.dim,):
+            got = f"shape {tuple(about.shape)}" if isinstance(about, Tensor) else type(about).__name__
+            raise InputError(f"about: got {got}, expected a tensor of shape ({self.dim},)")
         offset = self.mean - about.to(self.mean)
-        return torch.addr(self.scatter / self.count, offset, offset)
+        return self.scatter / self.count + _square(offset)
 
     # ---- files ----
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, whole or not at all."""
-        header = {"count": str(self.count), "site": self.site or ""}
+        header = {"count": str(self.count), "residue": repr(self._residue), "site": self.site or ""}
         files.write_tensors(path, "moments", {"mean": self.mean, "scatter": pack(self.scatter)}, header)
 
     @classmethod
@@ -222,13 +209,17 @@ def accumulate(parts: list[Moments], rows: Tensor, group: Tensor | None = None) 
         # `rest` is what rounding left of sum (z - shift); with it the block's mean and scatter are exact.
         block_mean = center + rest / n
         scatter = part._own_scatter()
-        scatter.addr_(rest / n**0.5, rest / n**0.5, alpha=-1)
+        scatter -= _square(rest / n**0.5)
         total = part.count + n
         delta = block_mean - part.mean
-        step = delta * (part.count * n / total) ** 0.5
-        scatter.addr_(step, step)
+        scatter += _square(delta * (part.count * n / total) ** 0.5)
         part.mean = part.mean + delta * (n / total)
         part.count = total
+
+
+def _square(v: Tensor) -> Tensor:
+    """v v^T, exactly symmetric; addr_ is not, as it fuses the addition in some columns only."""
+    return torch.outer(v, v)
 
 
 def _group_means(rows: Tensor, group: Tensor | None, counts: Tensor) -> Tensor:
@@ -268,6 +259,7 @@ def pool(parts: list[Moments]) -> Moments:
     counts = torch.tensor([part.count for part in parts], dtype=torch.float64, device=result.device)
     means = torch.stack([part.mean.to(result.device) for part in parts])
     result.count = sum(part.count for part in parts)
+    result._residue = sum(part._residue for part in parts)
     # Offsets from the first mean, not from zero: a mean of 1e6 times the spread keeps its digits.
     offsets = means - means[0]
     drift = (counts @ offsets) / result.count
@@ -278,6 +270,34 @@ def pool(parts: list[Moments]) -> Moments:
     for part in parts:
         scatter += part.scatter.to(result.device)
     result._scatter = scatter
+    return result
+
+
+@lasting
+def subtract(whole: Moments, part: Moments, name: str) -> Moments:
+    """Moments of the rows of `whole` without those of `part`, which came in the caller's argument `name`."""
+    left = whole.count - part.count
+    if left < 0:
+        raise InputError(f"{name}: cannot remove {part.count} rows from moments of {whole.count}")
+    result = Moments(whole.dim, whole.device)
+    result.site = whole.site
+    theirs = part.mean.to(whole.device)
+    if left:
+        mean = whole.mean + (whole.mean - theirs) * (part.count / left)
+        step = (theirs - mean) * (left * part.count / whole.count) ** 0.5
+    else:
+        mean = whole.mean
+        step = (theirs - mean) * part.count**0.5
+    scatter = whole.scatter - part.scatter.to(whole.device) - _square(step)
+    before = whole.scatter.diagonal() + whole.count * (whole.mean - mean).square()
+    mean_error = _MEAN_ERROR * whole.mean.abs() * (whole.count / max(left, 1))
+    slack = _VARIANCE_ERROR * before + max(left, 1) * mean_error.square()
+    slack = slack.clamp(min=max(whole._residue, part._residue))
+    rest = scatter.diagonal()
+    if bool((rest < -slack).any()) or (left < 2 and bool((rest > slack).any())):  # one row alone has no variance
+        raise InputError(f"{name}: these rows were never added (the variance of the rest is impossible)")
+    if left:
+        result.count, result.mean, result._scatter, result._residue = left, mean, scatter, float(slack.max())
     return result
 
 
@@ -315,11 +335,18 @@ def restore(
     """A Moments from what a file holds, or FileFormatError if the pieces contradict each other."""
     d = len(mean) if mean.ndim == 1 else 0
     fits = d >= 1 and packed.shape == (d * (d + 1) // 2,) and mean.dtype == packed.dtype == torch.float64
-    if not fits or count < 0 or not bool(torch.isfinite(mean).all() and torch.isfinite(packed).all()):
+    fits = fits and bool(torch.isfinite(mean).all() and torch.isfinite(packed).all())
+    try:
+        residue = float(header.get("residue", "0"))
+    except ValueError:
+        residue = -1.0
+    fits = fits and 0 <= residue < float("inf") and 0 <= count < 2**63
+    if not fits or (count == 0 and bool(mean.any() or packed.any())):
         raise FileFormatError(f"path: {str(path)!r} holds moments that contradict themselves")
     result = Moments(d, device)
     result.count = count
-    result.mean = mean.to(result.device)
+    result.mean = mean.to(result.device, copy=True)  # what was read under inference mode may not be used outside
     result._scatter = unpack(packed.to(result.device), d)
+    result._residue = residue
     result.site = header.get("site") or None
     return result

@@ -43,7 +43,7 @@ def build_objective(retain: Moments, forget: Moments, about: About = "retain") -
     their own means and the projection is linear.
 
     Raises:
-        InputError: different dimensions, an empty set, or features without variance.
+        InputError: different dimensions or only one, an empty set, or features without variance.
     """
     if about not in ("retain", "own"):
         raise InputError(f"about: got {about!r}, expected 'retain' or 'own'")
@@ -52,6 +52,8 @@ def build_objective(retain: Moments, forget: Moments, about: About = "retain") -
             raise InputError(f"{name}: the set is empty, expected at least one row")
     if retain.dim != forget.dim:
         raise InputError(f"forget: got dim {forget.dim}, expected {retain.dim} as in retain")
+    if retain.dim < 2:
+        raise InputError(f"retain: got dim {retain.dim}, expected at least 2 features to choose from")
     center = retain.mean if about == "retain" else torch.zeros_like(retain.mean)
     seen_from = center if about == "retain" else forget.mean
     return Objective(

@@ -13,6 +13,7 @@ from loft_fast.errors import MissingExtraError
 try:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 except ImportError as missing:
     raise MissingExtraError("reports need matplotlib and jinja2: pip install 'loft-fast[demo]'") from missing
@@ -30,7 +31,6 @@ _ALARM = "#D55E00"
 _DESCENTS = ("#9a5b86", "#b37700", "#2b7fb0")  # shades of the same set that can also be read as text
 _INK = "#222222"
 _STYLE: dict[str, Any] = {"fontsize": 11, "color": _INK}
-_NOTE: dict[str, Any] = {"fontsize": 11, "textcoords": "offset points"}
 
 Result = dict[str, Any]
 
@@ -158,7 +158,7 @@ def frontier(result: Result) -> Figure:
     ends = np.array([run["path"][-1] for run in data["descents"]])
     low, high = (f(np.vstack([ends, [x, y]]), axis=0) for f in (np.min, np.max))
     span = 1.7 * max(*(high - low), 0.15 * radius)
-    corner = (low + high) / 2 - [0.42 * span, 0.5 * span]
+    corner = (low + high) / 2 - [0.5 * span, 0.5 * span]
     for axes, (left, bottom), size in ((whole, (0.0, 0.0), 1.0), (near, corner, span)):
         axes.fill_between(curve[:, 0], curve[:, 1], 1.0, color="#eaf0f5", lw=0)
         axes.plot(curve[:, 0], curve[:, 1], color=_INK, lw=1.5)
@@ -174,16 +174,14 @@ def frontier(result: Result) -> Figure:
         _clean(axes)
     whole.set_ylabel("forget variance kept")
     whole.set_title(f"All projectors of rank {data['rank']}", **_STYLE)
-    whole.text(0.97, 0.94, "can be reached", ha="right", va="top", **_STYLE)
     whole.text(radius * 0.08, radius * 0.3, "cannot", **_STYLE)
     near.set_title("Near the optimum", **_STYLE)
-    name = f"optimum\n{data['loss']:.4f}"
-    near.annotate(name, (x, y), (-12, -4), ha="right", va="top", color=COLORS["ours"], **_NOTE)
-    for number, (run, end, color) in enumerate(zip(data["descents"], ends, _DESCENTS, strict=True)):
-        # Up and down in turn: the descents with the larger rates end close together.
-        side, align = (10, "bottom") if number % 2 == 0 else (-10, "top")
-        text = f"lr {run['learning_rate']:g}: {run['loss']:.4f}"
-        near.annotate(text, end, (0, side), va=align, ha="center", color=color, **_NOTE)
+    names = [f"Riemannian Adam, lr {run['learning_rate']:g}: {run['loss']:.4f}" for run in data["descents"]]
+    colors = [*_DESCENTS, COLORS["ours"]]
+    marks = [Line2D([], [], ls="", marker="s" if color in _DESCENTS else "*", ms=9, color=color) for color in colors]
+    whole.legend(
+        marks, [*names, f"optimum: {data['loss']:.4f}"], title="loss", loc="upper right", labelcolor=colors, fontsize=10
+    )
     return figure
 
 

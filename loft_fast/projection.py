@@ -78,10 +78,17 @@ class Projection(nn.Module):
         self, basis: Tensor, center: Tensor, certificate: Certificate | None = None, site: str | None = None
     ) -> None:
         super().__init__()
-        if basis.ndim != 2 or center.shape != basis.shape[:1]:
+        if basis.ndim != 2 or not 1 <= basis.shape[1] <= basis.shape[0] or center.shape != basis.shape[:1]:
             raise InputError(
-                f"basis: got shapes {tuple(basis.shape)} and {tuple(center.shape)}, expected (d, s) and center (d,)"
+                f"basis: got shapes {tuple(basis.shape)} and {tuple(center.shape)}, "
+                "expected (d, s) with 1 <= s <= d and center (d,)"
             )
+        if not (basis.is_floating_point() and center.is_floating_point() and bool(torch.isfinite(center).all())):
+            raise InputError(f"center: got {basis.dtype} basis and {center.dtype} center, expected finite floats")
+        columns = basis.double()
+        skew = float((columns.T @ columns - torch.eye(basis.shape[1]).to(columns)).abs().max())
+        if not skew <= torch.finfo(basis.dtype).eps ** 0.5:  # NaN is not, either
+            raise InputError(f"basis: U^T U is {skew:.1e} away from the identity, expected orthonormal columns")
         self.register_buffer("basis", basis)
         self.register_buffer("center", center)
         self.certificate = certificate
@@ -107,7 +114,7 @@ class Projection(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """z: (..., d), any float dtype; returns the same shape and dtype."""
-        if not z.is_floating_point() or z.shape[-1] != self.dim:
+        if not z.is_floating_point() or z.shape[-1:] != (self.dim,):
             raise InputError(f"z: got {z.dtype} of shape {tuple(z.shape)}, expected floats of shape (..., {self.dim})")
         basis, center = self.basis.to(z), self.center.to(z)
         return torch.addmm(center, (z - center).reshape(-1, self.dim) @ basis, basis.T).reshape(z.shape).to(z.dtype)
@@ -130,6 +137,7 @@ class Projection(nn.Module):
         try:
             text = header.get("certificate")
             certificate = Certificate(**json.loads(text)) if text else None
+            str(certificate)  # a field of the wrong type fails here, not in the user's print
             return cls(tensors["basis"], tensors["center"], certificate, header.get("site") or None)
-        except (InputError, TypeError, ValueError) as error:
+        except (InputError, RecursionError, TypeError, ValueError) as error:
             raise FileFormatError(f"path: {str(path)!r} holds a projection that contradicts itself: {error}") from error

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import inspect
+import itertools
 import logging
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,7 +30,7 @@ _CHANNELS_FIRST = (
     nn.modules.pooling._AvgPoolNd,
     nn.modules.pooling._MaxPoolNd,
 )
-_CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.Embedding)
+_CHANNELS_LAST = (nn.Linear, nn.Embedding)
 
 
 @dataclass(frozen=True)
@@ -47,12 +50,14 @@ class Site:
         return unwrap(self.module)
 
     def channel_dim(self, features: Tensor) -> int:
-        """Which dimension of the features is d: the last, or 1 for feature maps (n, c, h, w)."""
-        if isinstance(self.plain, _CHANNELS_FIRST):
+        """Which dimension of the features is d: what the module takes it to be, else 1 for (n, c, h, w), or last."""
+        layer = self.plain
+        if isinstance(layer, _CHANNELS_FIRST):
             return 1
-        if isinstance(self.plain, _CHANNELS_LAST) or features.ndim <= 3:
-            return features.ndim - 1
-        return 1
+        last = isinstance(layer, _CHANNELS_LAST) or features.ndim <= 3
+        if isinstance(layer, nn.LayerNorm | nn.RMSNorm):  # subclasses of them normalise feature maps
+            last = last or features.shape[-1:] == torch.Size(layer.normalized_shape)
+        return features.ndim - 1 if last else 1
 
     def channels_last(self, features: Tensor) -> Tensor:
         """The features with d as the last dimension: (n, d), (n, t, d), (n, h, w, c)."""
@@ -60,8 +65,12 @@ class Site:
 
     def hook(self, see: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
         """Call `see` with the features in every forward pass; a tensor that it returns replaces them."""
-        register = self.module.register_forward_pre_hook if self.side == "input" else self.module.register_forward_hook
-        return register(_Hook(self, see))
+        hook = _Hook(self, see)
+        if self.side == "input":
+            hook.handle = self.module.register_forward_pre_hook(hook, with_kwargs=True)
+        else:
+            hook.handle = self.module.register_forward_hook(hook)
+        return hook.handle
 
     def check(self, features: object) -> Tensor:
         """The features if they are a float tensor with a batch dimension; otherwise a SiteError."""
@@ -78,18 +87,27 @@ class _Hook:
 
     def __init__(self, site: Site, see: Callable[[Tensor], Tensor | None]) -> None:
         self.site, self.see = site, see
+        # Pickled along: torch then keeps its number from being given to another hook of the model that is loaded.
+        self.handle: RemovableHandle | None = None
+        self.first = next(iter(inspect.signature(site.plain.forward).parameters), None)
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any = None) -> Any:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], other: Any) -> Any:
+        """other: the keyword arguments before the module runs, its output afterwards."""
         if self.site.side == "output":
-            return self.see(self.site.check(output))
-        if not args:
-            raise SiteError(f"site: {str(self.site)!r} is called without positional arguments, nothing to project")
-        replaced = self.see(self.site.check(args[0]))
-        return None if replaced is None else (replaced, *args[1:])
+            return self.see(self.site.check(other))
+        if args:
+            replaced = self.see(self.site.check(args[0]))
+            return None if replaced is None else ((replaced, *args[1:]), other)
+        if self.first not in other:
+            raise SiteError(f"site: {str(self.site)!r} is called without its first argument, nothing to project")
+        replaced = self.see(self.site.check(other[self.first]))
+        return None if replaced is None else (args, {**other, self.first: replaced})
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module, argument: str = "model") -> nn.Module:
     """The model inside torch.compile, DataParallel and DistributedDataParallel wrappers."""
+    if not isinstance(model, nn.Module):
+        raise InputError(f"{argument}: got {type(model).__name__}, expected a torch.nn.Module")
     while True:
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
@@ -99,23 +117,30 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def device_of(model: nn.Module, alone: bool = False) -> torch.device:
+    """Where the model starts; with `alone`, all of it has to be there."""
+    devices = dict.fromkeys(tensor.device for tensor in itertools.chain(model.parameters(), model.buffers()))
+    if alone and len(devices) > 1:
+        raise InputError(f"device: the model is spread over {', '.join(map(str, devices))}, expected device=None")
+    return next(iter(devices), torch.device("cpu"))
+
+
 def find_site(model: nn.Module, site: str | None = None) -> Site:
     """The site called "name", "name:input" or "name:output"; None: the input of the last nn.Linear.
 
     Raises:
+        InputError: the model is no nn.Module.
         SiteError: no such module; the message lists the nearest names.
     """
-    if not isinstance(model, nn.Module):
-        raise InputError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
-    modules: dict[str, nn.Module] = {}
-    for name, module in unwrap(model).named_modules():
-        modules.setdefault(name.replace("._orig_mod", ""), module)
+    modules = _modules(model)
     if site is None:
-        linear = [name for name, module in modules.items() if isinstance(unwrap(module), nn.Linear)]
-        if not linear:
+        last = last_linear(model)
+        if last is None:
             raise SiteError("site: the model has no nn.Linear to default to; name the module whose input to project")
-        log.info("site not given: using the input of the last linear layer, %r", linear[-1])
-        return Site(linear[-1], "input", modules[linear[-1]])
+        log.info("site not given: using the input of the last linear layer, %r", last)
+        return Site(last, "input", modules[last])
+    if not isinstance(site, str):
+        raise SiteError(f"site: got {type(site).__name__}, expected the name of a module")
     name, _, side = site.partition(":")
     if side not in ("", "input", "output"):
         raise SiteError(f"site: got {site!r}, expected 'name', 'name:input' or 'name:output'")
@@ -125,9 +150,22 @@ def find_site(model: nn.Module, site: str | None = None) -> Site:
     return Site(name, "output" if side == "output" else "input", modules[name])
 
 
-def is_compiled(model: nn.Module) -> bool:
-    """Whether torch.compile has been applied to the model or to a module in it."""
-    return any("_orig_mod" in m._modules or getattr(m, "_compiled_call_impl", None) for m in model.modules())
+def last_linear(model: nn.Module) -> str | None:
+    """The name of the last nn.Linear, by the order in which modules were registered."""
+    return next((name for name, part in reversed(_modules(model).items()) if isinstance(unwrap(part), nn.Linear)), None)
+
+
+def _modules(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules by name, as if nothing had been compiled."""
+    modules: dict[str, nn.Module] = {}
+    for name, module in unwrap(model).named_modules():
+        modules.setdefault(name.replace("._orig_mod", ""), module)
+    return modules
+
+
+def anything_compiled() -> bool:
+    """False if torch.compile cannot have been used yet: importing its machinery just to ask takes seconds."""
+    return "torch._dynamo" in sys.modules
 
 
 @contextmanager
@@ -137,10 +175,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     Afterwards every module is back in the mode it was in, whatever happened.
     """
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
-        with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
+        model.eval()
+        with torch.inference_mode(), torch.compiler.set_stance("force_eager") if anything_compiled() else nullcontext():
             yield
     finally:
+        model.train(modes[0][1])  # for modules that do more in `train` than to set the flag
         for module, mode in modes:
             module.training = mode

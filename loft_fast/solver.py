@@ -37,7 +37,7 @@ class Optimum:
     @property
     def relative_gap(self) -> float:
         """(loss - bound) / loss."""
-        return max(0.0, self.loss - self.bound) / max(self.loss, _TINY_LOSS)
+        return (self.loss - self.bound) / max(self.loss, _TINY_LOSS) if self.loss > self.bound else 0.0
 
 
 @lasting
@@ -80,7 +80,8 @@ def solve(
         A `Projection` whose certificate reports loss, lower bound, gap, kept shares, cost, and why this angle and rank.
 
     Raises:
-        InputError: bad arguments, an empty set, features without variance, or a `max_loss` out of reach.
+        InputError: bad arguments, an empty set, features without variance, or a `max_loss` or `min_retain_kept` out of
+            reach.
     """
     start = time.perf_counter()
     chosen = [
@@ -100,6 +101,7 @@ def solve(
     _check_number("angle", angle, 0.0, math.pi / 2)
     _check_number("forget_weight", forget_weight, 1e-9, 1e9)
     _check_number("min_retain_kept", min_retain_kept, 0.0, 1.0)
+    _check_number("max_loss", max_loss, 0.0, 2.0)
     _check_number("tolerance", tolerance, 1e-12, 1.0)
     if max_loss is not None and rank is not None:
         raise InputError("max_loss: got it together with rank, expected one of them: max_loss finds the rank")
@@ -127,6 +129,10 @@ def solve(
             why = "the fixed default, since no head was given to predict accuracies with"
         best, text = _extreme(point), linear_text(point.angle)
 
+    if best.loss == math.inf:
+        rank = rank or objective.dim - 1
+        most = frontier.at(0.0, rank).retain_kept
+        raise InputError(f"min_retain_kept: got {min_retain_kept}, but rank {rank} keeps at most {most:.8g}")
     point = best.point
     certificate = Certificate(
         goal=text,
@@ -152,8 +158,13 @@ def _extreme(point: Point) -> Optimum:
     return Optimum(point, loss, min(loss, max(0.0, cos - point.support)))
 
 
-def optimum(frontier: Frontier, goal: Goal, rank: int | None, tolerance: float) -> Optimum:
-    """The optimum of `goal` at one rank; rank=None relaxes the rank and stops between two neighbouring ones.
+def optimum(frontier: Frontier, goal: Goal, rank: int, tolerance: float) -> Optimum:
+    """The optimum of `goal` at one rank."""
+    return _searched(frontier, goal, rank, tolerance).result()
+
+
+def _searched(frontier: Frontier, goal: Goal, rank: int | None, tolerance: float) -> _Search:
+    """The search for the optimum at one rank; rank=None relaxes the rank and stops between two neighbouring ones.
 
     Safeguarded secant on the goal's residual inside a bracket of angles. Where the residual jumps across zero the
     frontier has a flat side there: the normal of the chord between both ends is its angle, and the geodesic between
@@ -173,7 +184,7 @@ def optimum(frontier: Frontier, goal: Goal, rank: int | None, tolerance: float) 
         if search.done or stuck:
             break
         angle = following
-    return search.result()
+    return search
 
 
 class _Search:
@@ -184,6 +195,7 @@ class _Search:
         self.start, self.end = 0.0, math.pi / 2
         self.low: Point | None = None  # the last extreme point below the optimum, and its residual
         self.high: Point | None = None
+        self.last: Point | None = None
         self.low_residual = self.high_residual = 0.0
         self.best: Point | None = None
         self.loss, self.bound = math.inf, 0.0
@@ -193,17 +205,18 @@ class _Search:
         self.bound = max(self.bound, self.goal.bound(point.angle, point.support))
         self.consider(point)
         residual = self.goal.residual(point.angle, point.retain_kept, point.forget_kept)
+        # Illinois: an end that stays while the other moves twice loses half its weight, or the secant creeps.
         if residual >= 0:
-            # Illinois: an end that stays twice in a row loses half its weight, or the secant creeps.
-            self.high_residual /= 2 if self.low is not None else 1
+            self.high_residual /= 2 if self.last is self.low else 1
             self.low, self.low_residual, self.start = point, residual, max(self.start, point.angle)
             if self.goal.reach:
                 self.end = min(self.end, point.angle + residual)
-        if residual <= 0:
-            self.low_residual /= 2 if self.high is not None else 1
+        else:
+            self.low_residual /= 2 if self.last is self.high else 1
             self.high, self.high_residual, self.end = point, residual, min(self.end, point.angle)
             if self.goal.reach:
                 self.start = max(self.start, point.angle + residual)
+        self.last = point
 
     def consider(self, point: Point) -> None:
         loss = self.goal.loss(point.retain_kept, point.forget_kept)
@@ -235,17 +248,22 @@ class _Search:
 
 
 def _best_rank(frontier: Frontier, goal: Goal, tolerance: float) -> Optimum:
-    """The optimum over all ranks. The relaxed loss is convex in the rank, so only neighbouring ranks compete."""
-    relaxed = optimum(frontier, goal, None, tolerance)
-    rank = min(max(relaxed.point.rank, 1), frontier.objective.dim - 1)
-    best = optimum(frontier, goal, rank, tolerance)
-    for step in (-1, 1):
-        while 1 <= best.point.rank + step < frontier.objective.dim:
-            other = optimum(frontier, goal, best.point.rank + step, tolerance)
-            if other.loss >= best.loss * (1 - tolerance):
-                break
-            best = other
-    return best
+    """The optimum over all ranks. The optimal loss is convex in the rank: where it is least, neighbours prove it."""
+    search = _searched(frontier, goal, None, tolerance)
+    best, most = search.result(), frontier.objective.dim - 1
+    if search.done and best.point.rank <= most:
+        return best
+    high = min(search.low.rank if search.low else most, most)
+    low = min(search.high.rank if search.high else 1, high)
+    tried = [optimum(frontier, goal, low, tolerance)] if low == high else []
+    while low < high:
+        middle = (low + high) // 2
+        left, right = (optimum(frontier, goal, rank, tolerance) for rank in (middle, middle + 1))
+        low, high = (low, middle) if left.loss <= right.loss < math.inf else (middle + 1, high)
+        tried += [left, right]
+    best = min(tried, key=lambda one: one.loss)
+    bound = max(search.bound, min(one.bound for one in tried))
+    return Optimum(best.point, best.loss, min(best.loss, bound))
 
 
 def _smallest_rank(frontier: Frontier, goal: Goal, max_loss: float, tolerance: float) -> Optimum:

@@ -8,17 +8,20 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
+from loft_fast.backends import FLOATS
 from loft_fast.errors import FoldError, InputError
+from loft_fast.moments import lasting
 from loft_fast.projection import Projection
-from loft_fast.sites import _CONV, Site, find_site, is_compiled, unwrap
+from loft_fast.sites import _CONV, Site, anything_compiled, find_site, unwrap
+
+_FORWARDS = [kind.forward for kind in (nn.Linear, *_CONV)]
 
 
 class Attached:
     """A projection at work in a model until `remove` is called or the `with` block ends."""
 
-    def __init__(self, site: Site, projection: nn.Module, compiled: bool) -> None:
+    def __init__(self, site: Site, projection: nn.Module) -> None:
         self.site = site
-        self._compiled = compiled
         self._handle = site.hook(_Project(site, projection))
         self._recompile()
 
@@ -28,8 +31,9 @@ class Attached:
         self._recompile()
 
     def _recompile(self) -> None:
-        # Compiled code has its hooks built in and no guard on them.
-        if self._compiled:
+        # Compiled code has its hooks built in and no guard on them; and a function compiled around the model, which
+        # cannot be seen from here, has them too.
+        if anything_compiled():
             torch.compiler.reset()
 
     def __enter__(self) -> Attached:
@@ -48,17 +52,26 @@ class _Project:
         self.site, self.projection = site, projection
 
     def __call__(self, features: Tensor) -> Tensor:
-        if isinstance(self.projection, Projection) and self.projection.basis.device != features.device:
-            self.projection = self.projection.to(features.device)
         dim = self.site.channel_dim(features)
-        return self.projection(features.movedim(dim, -1)).movedim(-1, dim)
+        projection = self.projection
+        if isinstance(projection, Projection):
+            _check_dim(self.site, projection, features.shape[dim])
+            if projection.basis.device != features.device:
+                # Never moved in place: it is the caller's, and the replicas of a data-parallel model share this object.
+                self.projection = projection = _copy(projection, features.device)
+        return projection(features.movedim(dim, -1)).movedim(-1, dim)
+
+
+@lasting
+def _copy(projection: Projection, device: torch.device) -> Projection:
+    return copy.deepcopy(projection).to(device)
 
 
 def attach(model: nn.Module, projection: nn.Module, site: str | None = None) -> Attached:
     """Project the features at `site` in every forward pass, reversibly.
 
     Args:
-        model: any torch model. A compiled one compiles again at its next call.
+        model: any torch model. Compiled code compiles again at its next call.
         projection: a `Projection`, or any module that maps features (..., d) to (..., d).
         site: as for `fetch_moments`; default: the projection's own site, else the input of the last nn.Linear.
 
@@ -68,28 +81,33 @@ def attach(model: nn.Module, projection: nn.Module, site: str | None = None) -> 
     Raises:
         SiteError, InputError: no such site, or a projection of another dimension.
     """
+    if not isinstance(projection, nn.Module):
+        raise InputError(f"projection: got {type(projection).__name__}, expected a Projection or another nn.Module")
     place = find_site(model, site if site is not None else getattr(projection, "site", None))
     if isinstance(projection, Projection):
-        _check_dim(place, projection)
-        projection = copy.deepcopy(projection)  # moved to the features' device without moving the caller's
-    return Attached(place, projection, is_compiled(model))
+        _check_dim(place, projection, known_width(place))
+    return Attached(place, projection)
 
 
+@lasting
 def fold(model: nn.Module, projection: Projection, site: str | None = None) -> None:
     """Rewrite the layer at `site` so that it projects by itself; inference then costs nothing extra.
 
     At the input of a Linear or 1x1 convolution with weight W and bias b: W' = W P, b' = b + W (I - P) center.
     At the output of a Linear or any convolution: W' = P W, b' = P b + (I - P) center.
-    Computed in float64 and rounded once. A layer without bias gets one if the centre asks for it.
+    Computed in float64 and rounded once. A layer without bias gets one if the centre asks for it, and the model's
+    state dict then has one entry more.
 
     Raises:
-        FoldError: the layer is of another kind, grouped, padded, parametrised or shares its weight with another.
+        FoldError: the layer is of another kind, grouped, padded, parametrised, quantised or shares its weight.
         SiteError, InputError: no such site, or a projection of another dimension.
     """
+    if not isinstance(projection, Projection):
+        raise InputError(f"projection: got {type(projection).__name__}, expected a Projection")
     place = find_site(model, site if site is not None else projection.site)
     layer = place.plain
-    weight = _foldable(model, place, layer)
-    _check_dim(place, projection)
+    weight = foldable(model, place)
+    _check_dim(place, projection, known_width(place))
     matrix = projection.matrix().to(weight.device, torch.float64)
     center = projection.center.to(weight.device, torch.float64)
     flat = weight.detach().double().reshape(len(weight), -1)
@@ -101,46 +119,60 @@ def fold(model: nn.Module, projection: Projection, site: str | None = None) -> N
     else:
         folded = matrix @ flat
         bias = matrix @ bias + center - matrix @ center
-    with torch.no_grad():
-        weight.copy_(folded.reshape(weight.shape))
-        if isinstance(old_bias, Tensor):
-            old_bias.copy_(bias)
-        elif bool(bias.any()):
-            layer.bias = nn.Parameter(bias.to(weight.dtype))
+    weight.copy_(folded.reshape(weight.shape))
+    if isinstance(old_bias, Tensor):
+        old_bias.copy_(bias)
+    elif bool(bias.any()):
+        layer.bias = nn.Parameter(bias.to(weight.dtype), weight.requires_grad)
 
 
-def _foldable(model: nn.Module, place: Site, layer: nn.Module) -> nn.Parameter:
-    """The weight that will absorb the projection, or a FoldError that says why none can."""
+def foldable(model: nn.Module, place: Site) -> nn.Parameter:
+    """The weight that will absorb a projection at this site, or a FoldError that says why none can."""
+    layer = place.plain
+    weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
     why = None
     if not isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
         why = f"it is a {type(layer).__name__}, expected a Linear or a 1x1 convolution"
-    elif nn.utils.parametrize.is_parametrized(layer):
-        why = "its weight is parametrised; remove the parametrisation first"
+    elif type(layer).forward not in _FORWARDS:
+        why = f"its class {type(layer).__name__} has a forward of its own"
+    elif weight is None or bias is not layer.bias:
+        why = "its weight or bias is computed from others (a parametrisation, pruning); make that permanent first"
+    elif isinstance(weight, nn.parameter.UninitializedParameter):
+        why = "its weight is not initialised yet; run the model once"
+    elif weight.dtype not in FLOATS or weight.is_meta:
+        why = f"its weight is {weight.dtype} on {weight.device}, expected floats of 16 bits or more in memory"
     elif isinstance(layer, _CONV) and layer.groups != 1:
         why = f"it is a convolution with {layer.groups} groups, expected 1"
     elif isinstance(layer, _CONV) and place.side == "input":
-        padded = layer.padding not in ("valid", (0,) * len(layer.kernel_size))
+        padded = layer.padding not in ("valid", "same", (0,) * len(layer.kernel_size))
         if any(size != 1 for size in layer.kernel_size) or padded:
             why = f"it is a convolution of kernel {layer.kernel_size} and padding {layer.padding}, expected 1x1 without"
     if why is None:
-        assert isinstance(layer.weight, nn.Parameter)
+        assert weight is not None
+        mine = {id(part) for part in (weight, bias) if part is not None}
         owners = [
             name or type(module).__name__
-            for name, module in unwrap(model).named_modules(remove_duplicate=True)
-            if any(own is layer.weight for own in module._parameters.values()) and module is not layer
+            for name, module in unwrap(model).named_modules()
+            if module is not layer and mine & {id(part) for part in module._parameters.values()}
         ]
         if not owners:
-            return layer.weight
-        why = f"it shares its weight with {owners[0]!r}"
+            return weight
+        why = f"it shares its weight or bias with {owners[0]!r}"
     raise FoldError(f"site: cannot fold into {str(place)!r}: {why}; use attach instead")
 
 
-def _check_dim(place: Site, projection: Projection) -> None:
+def known_width(place: Site) -> int | None:
+    """The number of features at the site, where the module tells."""
     layer = place.plain
-    width = None
     if isinstance(layer, nn.Linear):
         width = layer.in_features if place.side == "input" else layer.out_features
     elif isinstance(layer, _CONV):
         width = layer.in_channels if place.side == "input" else layer.out_channels
+    else:
+        width = 0
+    return width or None  # lazy layers say 0 until they have run
+
+
+def _check_dim(place: Site, projection: Projection, width: int | None) -> None:
     if width is not None and width != projection.dim:
         raise InputError(f"projection: got dim {projection.dim}, expected {width} at {str(place)!r}")

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
+from loft_fast.clock import Clock
 from loft_fast.errors import InputError
 from loft_fast.fetch import fetch_moments
 from loft_fast.grouped_moments import GroupedMoments
 from loft_fast.moments import Moments
 from loft_fast.objective import About
 from loft_fast.projection import Projection
-from loft_fast.sites import find_site
-from loft_fast.solver import solve
-from loft_fast.surgery import Attached, attach, fold
+from loft_fast.sites import Site, find_site, last_linear
+from loft_fast.solver import _check_number, solve
+from loft_fast.surgery import Attached, attach, fold, foldable, known_width
 
 log = logging.getLogger("loft_fast")
 
@@ -63,22 +63,27 @@ def unlearn(
         model: a trained torch model, changed in place.
         retain: loader over the rows to keep (as for `fetch_moments`), or their moments.
         forget: loader over the rows to forget, or their moments.
-        site: where to project; None: the input of the last nn.Linear.
-        rank: dimension of the kept subspace; None: found, as `solve` says, with the layer at the site as head.
+        site: where to project; None: where given moments come from, else the input of the last nn.Linear.
+        rank: dimension of the kept subspace; None: found, as `solve` says, with the layer at the site as head if that
+            is the last nn.Linear and the groups are its outputs.
         fold: False attaches a hook that can be removed; True rewrites the layer for good.
         about: "retain" or the paper's "own", as for `solve`.
-        erase: ask for features in which a linear probe, too, no longer finds the forget rows.
+        erase: ask for features in which a linear probe, too, no longer finds the forget rows. Not with `rank`, and only
+            where there is a head to find the rank with.
         progress: show progress bars.
 
     Raises:
         LoftError: whatever `fetch_moments`, `solve`, `attach` and `fold` refuse; the model is unchanged then.
     """
-    place = find_site(model, site)
-    clock = _Clock()
+    given = {name: part for name, part in (("retain", retain), ("forget", forget)) if isinstance(part, _KINDS)}
+    sites = [site, *(part.site for part in given.values())]
+    place = find_site(model, next((known for known in sites if known is not None), None))
+    _check(model, place, given, rank, fold, erase)
+    clock = Clock()
+    gone = _moments("forget", model, forget, str(place), progress)  # the smaller set first: it fails sooner
     kept = _moments("retain", model, retain, str(place), progress)
-    gone = _moments("forget", model, forget, str(place), progress)
     clock.lap("moments")
-    head = place.plain if rank is None and _predictable(place.plain, place.side, kept, gone) else None
+    head = predicting_head(model, place, kept, gone) if rank is None else None
     projection = solve(kept, gone, rank, about, head, erase=erase)
     projection.site = str(place)
     clock.lap("solve")
@@ -97,12 +102,34 @@ def unlearn(
 
 
 _fold = fold  # the argument of `unlearn` has the name of the function
+_KINDS = (Moments, GroupedMoments)
+
+
+def _check(
+    model: nn.Module,
+    place: Site,
+    given: dict[str, Moments | GroupedMoments],
+    rank: int | None,
+    fold: bool,
+    erase: bool,
+) -> None:
+    """Refuse before the pass over the data what would be refused after it."""
+    if erase and rank is not None:
+        raise InputError(f"erase: got it together with rank={rank}, expected one of them: erasing finds the rank")
+    width = known_width(place)
+    for name, part in given.items():
+        if width is not None and part.dim != width:
+            raise InputError(f"{name}: got moments of dim {part.dim}, expected {width} at {str(place)!r}")
+    if width is not None:
+        _check_number("rank", rank, 1, width - 1, whole=True)
+    if fold:
+        foldable(model, place)
 
 
 def _moments(
     name: str, model: nn.Module, data: Iterable[Any] | Moments | GroupedMoments, site: str, progress: bool
 ) -> Moments | GroupedMoments:
-    if isinstance(data, Moments | GroupedMoments):
+    if isinstance(data, _KINDS):
         return data
     try:
         return fetch_moments(model, data, site, group="auto", progress=progress)
@@ -110,12 +137,13 @@ def _moments(
         raise InputError(f"{name}: {error}") from error
 
 
-def _predictable(layer: nn.Module, side: str, *moments: Moments | GroupedMoments) -> bool:
-    """Whether the groups are outputs of a linear layer at the site, so that it can predict their accuracy."""
-    outputs = getattr(layer, "out_features", 0)
+def predicting_head(model: nn.Module, place: Site, *moments: Moments | GroupedMoments) -> nn.Module | None:
+    """The layer at the site, if it is the model's last and the groups are its outputs: it predicts their accuracy."""
+    outputs = getattr(place.plain, "out_features", 0)
     fits = (
-        side == "input"
-        and isinstance(layer, nn.Linear)
+        place.side == "input"
+        and place.name == last_linear(model)  # the outputs of a hidden layer are no classes
+        and outputs > 1
         and all(
             isinstance(part, GroupedMoments) and all(isinstance(key, int) and 0 <= key < outputs for key in part)
             for part in moments
@@ -123,16 +151,4 @@ def _predictable(layer: nn.Module, side: str, *moments: Moments | GroupedMoments
     )
     if not fits:
         log.info("the layer at the site does not score the groups: using the default angle")
-    return fits
-
-
-class _Clock:
-    """Wall time between laps."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.seconds[name], self._last = now - self._last, now
+    return place.plain if fits else None

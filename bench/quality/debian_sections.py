@@ -41,12 +41,12 @@ def load(cache: Path) -> tuple[Tensor, Tensor, Tensor, Tensor, list[str], list[s
 
 def compare(splits: Splits, task: Task, model: Classifier, seed: int, methods: list[str]) -> Iterator[Run]:
     """The retrained model, then every method, on one task of one original model."""
-    x, y = splits[:2]
+    x, y, _, _ = splits
     start = time.perf_counter()
     fresh = train(x[~task.train], y[~task.train], model.head.out_features, seed)
     retrain_seconds = time.perf_counter() - start
     retrained = measure(*_rows(fresh, splits, task), fresh.head)
-    yield Run(task.name, "retrain", retrained, retrained, retrain_seconds, retrain_seconds)
+    yield Run(task.name, "retrain", seed, retrained, retrained, retrain_seconds, retrain_seconds)
 
     fit, held = _rows(model, splits, task)
     for method in methods:
@@ -54,7 +54,7 @@ def compare(splits: Splits, task: Task, model: Classifier, seed: int, methods: l
         change = METHODS[method](Problem(fit.z, fit.y, fit.forget, model.head, seed))
         seconds = time.perf_counter() - start
         score = measure(replace(fit, z=change(fit.z)), replace(held, z=change(held.z)), model.head)
-        yield Run(task.name, method, score, retrained, seconds, retrain_seconds)
+        yield Run(task.name, method, seed, score, retrained, seconds, retrain_seconds)
 
 
 @torch.no_grad()

@@ -3,8 +3,12 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
+
+from bench.peers.leace import Leace
+from bench.peers.riemannian_adam import descend
+from loft_fast import GroupedMoments, solve
+from loft_fast.objective import build_objective
 
 Map = Callable[[Tensor], Tensor]
 
@@ -18,6 +22,13 @@ class Problem(NamedTuple):
     head: nn.Linear
     seed: int
 
+    def moments(self) -> tuple[GroupedMoments, GroupedMoments]:
+        """Moments by class of the rows to retain and of those to forget."""
+        retain, forget = (
+            GroupedMoments(self.z.shape[1]).update(self.z[rows], self.y[rows]) for rows in (~self.forget, self.forget)
+        )
+        return retain, forget
+
 
 def original(problem: Problem) -> Map:
     """Forgets nothing."""
@@ -26,41 +37,27 @@ def original(problem: Problem) -> Map:
 
 def leace_is_forget(problem: Problem) -> Map:
     """LEACE with one concept: is this a row to forget?"""
-    return _leace(problem, problem.forget.unsqueeze(1))
+    return Leace(problem.z, problem.forget.unsqueeze(1))
 
 
 def leace_one_hot(problem: Problem) -> Map:
     """LEACE with one concept per class that has rows to forget; all retain rows are zero in every concept."""
     gone = problem.y[problem.forget].unique()
-    return _leace(problem, (problem.y.unsqueeze(1) == gone) & problem.forget.unsqueeze(1))
-
-
-def _leace(problem: Problem, concept: Tensor) -> Map:
-    from concept_erasure import LeaceEraser
-
-    eraser = LeaceEraser.fit(problem.z.double(), concept.double())
-    return lambda z: eraser(z.double()).to(z)
+    return Leace(problem.z, (problem.y.unsqueeze(1) == gone) & problem.forget.unsqueeze(1))
 
 
 def paper(problem: Problem) -> Map:
     """The paper's objective by its authors' optimiser, one direction per class that stays: z -> U U^T z."""
-    from bench.peers.riemannian_adam import minimise
-
+    retain, forget = (moments.total() for moments in problem.moments())
+    objective = build_objective(retain, forget, about="own")
     rank = len(problem.y[~problem.forget].unique())
-    retain, forget = (torch.cov(problem.z[rows].double().T) for rows in (~problem.forget, problem.forget))
-    basis = minimise(retain / retain.trace(), forget / forget.trace(), rank, seed=problem.seed)
-    return lambda z: z @ basis.to(z) @ basis.to(z).T
+    basis = descend(objective.retain, objective.forget, rank, seed=problem.seed).basis.to(problem.z)
+    return lambda z: z @ basis @ basis.T
 
 
 def ours(problem: Problem, erase: bool = False) -> Map:
     """This package's default: affine, positive part, angle found from moments and head."""
-    from loft_fast import GroupedMoments, solve
-
-    retain, forget = (
-        GroupedMoments(problem.z.shape[1]).update(problem.z[rows], problem.y[rows])
-        for rows in (~problem.forget, problem.forget)
-    )
-    return solve(retain, forget, head=problem.head, erase=erase)
+    return solve(*problem.moments(), head=problem.head, erase=erase)
 
 
 def ours_erase(problem: Problem) -> Map:

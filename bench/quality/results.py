@@ -1,13 +1,14 @@
-"""Results as a table for people and as rows of a JSON file for scripts."""
+"""Results as tables for people and as rows of a JSON file for scripts."""
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, pstdev
+from statistics import fmean, median, pstdev
 from typing import Any
 
-from bench.quality.measures import Score
+from loft_fast.evaluate import SETS, Evaluation
 
 
 @dataclass(frozen=True)
@@ -16,10 +17,15 @@ class Run:
 
     task: str
     method: str
-    score: Score
-    retrained: Score
+    original: int  # the seed it was trained with
+    score: Evaluation
+    retrained: Evaluation
     seconds: float
     retrain_seconds: float
+
+    def gaps(self, *measures: str) -> list[float]:
+        """Absolute differences to the retrained model, in points."""
+        return [abs(getattr(self.score, name) - getattr(self.retrained, name)) for name in measures]
 
 
 def summarise(runs: list[Run], data: str, model: str) -> list[dict[str, Any]]:
@@ -28,36 +34,50 @@ def summarise(runs: list[Run], data: str, model: str) -> list[dict[str, Any]]:
     for run in runs:
         groups.setdefault((run.task, run.method), []).append(run)
     return [
-        {"data": data, "model": model, "task": task, "method": method, **_means(group)}
+        {"data": data, "model": model, "task": task, "method": method, **_row(group)}
         for (task, method), group in groups.items()
     ]
 
 
-def _means(runs: list[Run]) -> dict[str, Any]:
-    gaps = [run.score.gap(run.retrained, mia=True) for run in runs]
-    accuracies = [asdict(run.score.accuracies) for run in runs]
+def _row(runs: list[Run]) -> dict[str, Any]:
+    gaps = [fmean(run.gaps(*SETS, "mia")) for run in runs]
     return {
-        "originals": len(runs),  # one original model per seed, and one run on each
+        "originals": len({run.original for run in runs}),
         "runs": len(runs),
-        **{key: fmean(each[key] for each in accuracies) for key in accuracies[0]},
-        "mia": fmean(run.score.mia for run in runs),
+        **{name: fmean(getattr(run.score, name) for run in runs) for name in (*SETS, "mia", "probe_auc")},
         "gap_mean": fmean(gaps),
         "gap_spread": pstdev(gaps),
-        "gap_accuracies": fmean(run.score.gap(run.retrained, mia=False) for run in runs),
-        "probe_auc": fmean(run.score.probe_auc for run in runs),
+        "gap_accuracies": fmean(fmean(run.gaps(*SETS)) for run in runs),
+        "median_gaps": {name: median(run.gaps(name)[0] for run in runs) for name in SETS},
+        "median_probe_auc": median(run.score.probe_auc for run in runs),
         "seconds": fmean(run.seconds for run in runs),
         "retrain_seconds": fmean(run.retrain_seconds for run in runs),
     }
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Accuracies in percent; gap: mean absolute difference to the retrained model over the four of them."""
-    columns = ("retain_train", "forget_train", "retain_test", "forget_test", "gap_accuracies", "probe_auc", "mia")
-    titles = ("retain train", "forget train", "retain test", "forget test", "gap", "probe", "MIA")
-    lines = [f"{'task':10}{'method':17}" + "".join(f"{title:>13}" for title in titles) + f"{'seconds':>10}"]
-    for row in rows:
-        cells = "".join(f"{row[key]:13.3f}" if key == "probe_auc" else f"{row[key]:13.2f}" for key in columns)
-        lines.append(f"{row['task']:10}{row['method']:17}{cells}{row['seconds']:10.3f}")
+    """Means. Accuracies in percent; gap: mean absolute difference to the retrained model over the four of them."""
+    titles = ("retain train", "forget train", "retain test", "forget test", "gap", "probe", "MIA", "seconds")
+    columns = (*SETS, "gap_accuracies", "probe_auc", "mia", "seconds")
+    return _table(rows, titles, [[row[key] for key in columns] for row in rows])
+
+
+def median_table(rows: list[dict[str, Any]]) -> str:
+    """Medians over the runs of the absolute difference to the retrained model, in points, and of the probe's AUC."""
+    titles = ("|retain train|", "|forget train|", "|retain test|", "|forget test|", "probe")
+    return _table(
+        rows, titles, [[*(row["median_gaps"][name] for name in SETS), row["median_probe_auc"]] for row in rows]
+    )
+
+
+def _table(rows: list[dict[str, Any]], titles: Sequence[str], values: list[list[float]]) -> str:
+    lines = [f"{'task':10}{'method':17}" + "".join(f"{title:>15}" for title in titles)]
+    for row, cells in zip(rows, values, strict=True):
+        shown = (
+            f"{cell:15.3f}" if title in ("probe", "seconds") else f"{cell:15.2f}"
+            for title, cell in zip(titles, cells, strict=True)
+        )
+        lines.append(f"{row['task']:10}{row['method']:17}" + "".join(shown))
     return "\n".join(lines)
 
 

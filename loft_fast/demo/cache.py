@@ -14,7 +14,7 @@ import torch
 
 from loft_fast import files
 from loft_fast.demo import digits
-from loft_fast.errors import FileFormatError, InputError
+from loft_fast.errors import FileFormatError
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def trained(
             return Trained(model.eval(), float(header["seconds"]))
         except (FileFormatError, KeyError, RuntimeError, ValueError):
             say(f"{name}: {path} is damaged, training again")
-    make_folder("cache", folder)
+    files.writable_folder("cache", folder)
     parts = data.split(without)
     start = time.perf_counter()
     model = digits.train(*parts["retain_train"], seed, name, progress)
@@ -62,21 +62,6 @@ def trained(
     files.write_tensors(path, "demo_model", model.state_dict(), {"seconds": repr(seconds)})
     say(f"{name}: trained in {seconds:.1f} s, kept in {path}")
     return Trained(model, seconds)
-
-
-def make_folder(name: str, folder: Path) -> None:
-    """Make sure that `folder` exists and can be written, before any work whose result would go there.
-
-    Raises:
-        InputError: it cannot; the message names the argument.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable.{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(f"{name}: cannot write to {str(folder)!r}: {error.strerror or error}") from error
 
 
 def _file_name(without: Sequence[int], seed: int) -> str:

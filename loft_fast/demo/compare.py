@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from loft_fast.clock import Clock
 from loft_fast.demo.cache import Trained
 from loft_fast.demo.digits import SITE, Digits, SmallCNN, batches
 from loft_fast.evaluate import Evaluation, evaluate
@@ -81,25 +81,25 @@ class Outcome:
 
 def paper(problem: Problem) -> tuple[nn.Module, Stages]:
     """As published: its objective, linear, by Riemannian Adam."""
-    clock = _Clock()
+    clock = Clock()
     retain, forget = problem.moments()
     clock.lap("moments")
     objective = build_objective(retain, forget, about="own")
     descent = descend(objective.retain, objective.forget, problem.rank, seed=problem.seed)
     clock.lap("solve")
-    return Projection(descent.basis, objective.center, site=SITE), clock.stages
+    return Projection(descent.basis, objective.center, site=SITE), clock.seconds
 
 
 def leace(problem: Problem) -> tuple[nn.Module, Stages]:
     """LEACE with one concept per forgotten digit; for a single digit that is "to be forgotten or not"."""
-    clock = _Clock()
+    clock = Clock()
     x, y = problem.digits.train_x, problem.digits.train_y
     with torch.inference_mode():
         features = torch.cat([problem.model.features(part) for part, _ in batches(x, y)])
     clock.lap("features")
     eraser = Leace(features, y.unsqueeze(1) == torch.tensor(problem.forget))
     clock.lap("solve")
-    return eraser, clock.stages
+    return eraser, clock.seconds
 
 
 def ours(problem: Problem, erase: bool = False) -> tuple[nn.Module, Stages]:
@@ -140,15 +140,3 @@ def compare(problem: Problem, original: Trained, retrained: Trained) -> Iterator
     yield measured("retrain", retrained.model, nn.Identity(), {"training": retrained.seconds})
     for name, method in METHODS.items():
         yield measured(name, problem.model, *method(problem))
-
-
-class _Clock:
-    """Wall seconds between laps."""
-
-    def __init__(self) -> None:
-        self.stages: Stages = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.stages[name], self._last = now - self._last, now

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from loft_fast import files
 from loft_fast.demo import pictures
-from loft_fast.demo.cache import Trained, make_folder, trained
+from loft_fast.demo.cache import Trained, trained
 from loft_fast.demo.compare import Outcome, Problem, compare
 from loft_fast.demo.digits import FEATURES, Digits, load_digits
 from loft_fast.errors import InputError
@@ -63,7 +64,7 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
         raise InputError(f"forget: got {list(options.forget)}, expected one to eight of the digits 0 to 9")
     if not 1 <= options.rank < FEATURES:
         raise InputError(f"rank: got {options.rank}, expected 1 to {FEATURES - 1}")
-    make_folder("out", options.out)
+    files.writable_folder("out", options.out)
     with _threads(options.threads):
         data = load_digits()
         problem, originals = prepare(data, forget, options.rank, options.seed, options.cache, say, options.progress)

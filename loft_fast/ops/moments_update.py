@@ -112,7 +112,10 @@ def _check_tensor(
 ) -> None:
     if not isinstance(tensor, Tensor):
         raise InputError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
-    if tensor.ndim != len(shape) or any(want not in (None, got) for want, got in zip(shape, tensor.shape, strict=True)):
+    # `in` would compare symbolic sizes, which torch.compile puts here, by identity.
+    if tensor.ndim != len(shape) or any(
+        want is not None and want != got for want, got in zip(shape, tensor.shape, strict=True)
+    ):
         wanted = "(n, d)" if None in shape else str(tuple(shape))
         raise InputError(f"{name}: got shape {tuple(tensor.shape)}, expected {wanted}")
     if tensor.dtype not in dtypes:

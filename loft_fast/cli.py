@@ -1,0 +1,214 @@
+"""The command loft-fast: `demo` and `report` for people, `fetch` and `forget` for your own models."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import loft_fast
+from loft_fast import files
+from loft_fast.demo.cache import default_folder
+from loft_fast.errors import InputError, LoftError
+from loft_fast.fetch import fetch_moments
+from loft_fast.grouped_moments import GroupedMoments, Key
+from loft_fast.sites import find_site, unwrap
+from loft_fast.solver import solve
+from loft_fast.surgery import fold
+from loft_fast.unlearn import predicting_head
+
+_EPILOG = """MODEL and LOADER are written module:name and looked up from the current folder; a function is called to get
+the model or the loader. For example, with mine.py holding net() and loader():
+
+  loft-fast fetch mine:net mine:loader --out moments.safetensors
+  loft-fast forget moments.safetensors 3 --model mine:net --out projection.safetensors --weights net.safetensors
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status: 0, 1 for a refusal with its reason on stderr, 130 for Ctrl-C."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        result, words = options.run(options)
+    except LoftError as error:
+        print(f"loft-fast: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("loft-fast: interrupted; whatever was finished before is complete", file=sys.stderr)
+        return 130
+    print(json.dumps(result) if options.json else words)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="loft-fast",
+        description="Make a trained torch model forget, without retraining, with a certificate.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"loft-fast {loft_fast.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
+    common.add_argument("--quiet", action="store_true", help="no progress on stderr")
+
+    demo = commands.add_parser(
+        "demo", parents=[common], help="a real network forgets real digits, next to one retrained without them"
+    )
+    demo.add_argument("--forget", type=int, nargs="+", default=[3], metavar="DIGIT", help="default: 3")
+    demo.add_argument("--rank", type=int, default=32, help="of the published method; ours finds its own (default: 32)")
+    demo.add_argument("--seed", type=int, default=0, help="of training and of the published method (default: 0)")
+    demo.add_argument("--out", type=Path, default=Path("demo-out"), help="folder of the report (default: demo-out)")
+    demo.add_argument(
+        "--cache", type=Path, default=default_folder(), help="folder of trained networks (default: %(default)s)"
+    )
+    demo.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="default: %(default)s")
+    demo.set_defaults(run=_demo)
+
+    report = commands.add_parser("report", parents=[common], help="write a demo's page and pictures again")
+    report.add_argument("result", type=Path, help="folder of an earlier demo, or its result.json")
+    report.add_argument("--out", type=Path, help="folder to write to (default: the same)")
+    report.set_defaults(run=_report)
+
+    fetch = commands.add_parser("fetch", parents=[common], help="one pass over data: moments of a model's features")
+    fetch.add_argument("model", metavar="MODEL", help="module:name of a torch model")
+    fetch.add_argument("loader", metavar="LOADER", help="module:name of an iterable of batches")
+    fetch.add_argument("--site", help="module whose input, or NAME:output, to look at (default: the last linear layer)")
+    fetch.add_argument("--group", default="label", help="label, prediction, or a key of the batches (default: label)")
+    fetch.add_argument("--device", help="where to run, as torch names it")
+    fetch.add_argument("--out", type=Path, required=True, help="moments file to write")
+    fetch.set_defaults(run=_fetch)
+
+    forget = commands.add_parser("forget", parents=[common], help="moments in, projection (and folded weights) out")
+    forget.add_argument("moments", type=Path, help="file that fetch wrote, with groups")
+    forget.add_argument("keys", nargs="+", metavar="KEY", help="groups to forget")
+    forget.add_argument("--model", metavar="MODEL", help="module:name; its head finds the angle, --weights needs it")
+    forget.add_argument("--rank", type=int, help="dimensions to keep (default: found)")
+    forget.add_argument("--about", choices=("retain", "own"), default="retain", help="own: the paper's variant")
+    forget.add_argument("--erase", action="store_true", help="blind a new linear probe as well (with --model)")
+    forget.add_argument("--min-retain-kept", type=float, metavar="SHARE", help="keep this share of retain variance")
+    forget.add_argument("--out", type=Path, required=True, help="projection file to write")
+    forget.add_argument("--weights", type=Path, help="also write the model's state, projection folded in (safetensors)")
+    forget.set_defaults(run=_forget)
+    return parser
+
+
+def _demo(options: argparse.Namespace) -> tuple[Any, str]:
+    from loft_fast import report
+    from loft_fast.demo import run as demo
+
+    def say(line: str) -> None:
+        if not options.quiet:
+            print(line, file=sys.stderr)
+
+    result = demo.run(
+        demo.Options(
+            forget=tuple(options.forget),
+            rank=options.rank,
+            seed=options.seed,
+            out=options.out,
+            cache=options.cache,
+            threads=options.threads,
+            progress=not options.quiet,
+        ),
+        say,
+    )
+    page = report.write(result, options.out)
+    return result, f"{report.text(result)}\n\nreport: {page}"
+
+
+def _report(options: argparse.Namespace) -> tuple[Any, str]:
+    from loft_fast import report
+
+    result = report.read(options.result)
+    source = options.result if options.result.is_dir() else options.result.parent
+    page = report.write(result, options.out or source)
+    return {"report": str(page)}, f"{report.text(result)}\n\nreport: {page}"
+
+
+def _fetch(options: argparse.Namespace) -> tuple[Any, str]:
+    files.writable_folder("--out", options.out.parent)
+    model, loader = _model(options.model), _load("LOADER", options.loader)
+    moments = fetch_moments(model, loader, options.site, options.group, options.device, progress=not options.quiet)
+    assert isinstance(moments, GroupedMoments)
+    moments.save(options.out)
+    groups = {str(key): moments[key].count for key in moments}
+    result = {"file": str(options.out), "site": moments.site, "dim": moments.dim, "count": moments.count}
+    words = f"{moments.count} rows of {moments.dim} features at {moments.site} in {options.out}\n"
+    return {**result, "groups": groups}, words + ", ".join(f"{key}: {count}" for key, count in groups.items())
+
+
+def _forget(options: argparse.Namespace) -> tuple[Any, str]:
+    if options.model is None and (options.weights or options.erase):
+        raise InputError(f"{'--weights' if options.weights else '--erase'}: got it without --model, which it needs")
+    for name, path in (("--out", options.out), ("--weights", options.weights)):
+        if path is not None:
+            files.writable_folder(name, path.parent)
+    moments = GroupedMoments.load(options.moments)
+    keys = [_key(text, moments) for text in options.keys]
+    model = None if options.model is None else _model(options.model)
+    kept, gone = moments.without(keys), moments.select(keys)
+    head = None
+    if model is not None and options.rank is None and options.min_retain_kept is None:
+        head = predicting_head(model, find_site(model, moments.site), kept, gone)
+    projection = solve(
+        kept,
+        gone,
+        options.rank,
+        options.about,
+        head,
+        erase=options.erase,
+        min_retain_kept=options.min_retain_kept,
+    )
+    certificate = projection.certificate
+    assert certificate is not None
+    result = {"file": str(options.out), "keys": keys, "site": projection.site, "certificate": asdict(certificate)}
+    if options.weights is not None:
+        assert model is not None
+        fold(model, projection)
+        files.write_tensors(options.weights, "weights", unwrap(model).state_dict(), {"site": projection.site or ""})
+        result["weights"] = str(options.weights)
+    projection.save(options.out)
+    return result, f"{certificate}\nwritten       {', '.join(str(p) for p in (options.out, options.weights) if p)}"
+
+
+def _key(text: str, moments: GroupedMoments) -> Key:
+    """The group that the text names: a string key, or an integer one."""
+    if text not in moments and text.lstrip("-").isdigit():
+        return int(text)
+    return text
+
+
+def _model(name: str) -> nn.Module:
+    model = _load("MODEL", name)
+    if not isinstance(model, nn.Module):
+        raise InputError(f"MODEL: {name!r} is a {type(model).__name__}, expected a torch.nn.Module")
+    return model
+
+
+def _load(argument: str, name: str) -> Any:
+    """What `module:name` holds; a function (but not a model) is called."""
+    module, colon, attribute = name.partition(":")
+    if not colon or not module or not attribute:
+        raise InputError(f"{argument}: got {name!r}, expected module:name")
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"{argument}: cannot find {name!r}: {error}") from error
+    return found() if callable(found) and not isinstance(found, nn.Module) else found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

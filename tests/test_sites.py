@@ -1,0 +1,246 @@
+import logging
+from contextlib import nullcontext
+
+import pytest
+import torch
+from models import WRAPPED, ByKeyword, Maps, Mlp, Tokens, build, everything
+from torch import nn
+
+from loft_fast import InputError, SiteError
+from loft_fast.sites import Site, device_of, evaluating, find_site, last_linear, unwrap
+
+
+@pytest.mark.parametrize(
+    ("site", "name", "side"),
+    [
+        (None, "fc", "input"),
+        ("fc", "fc", "input"),
+        ("fc:input", "fc", "input"),
+        ("fc:output", "fc", "output"),
+        ("body.2:output", "body.2", "output"),
+        (":output", "", "output"),
+    ],
+)
+def test_forms(site, name, side):
+    model = Mlp()
+    place = find_site(model, site)
+    assert (place.name, place.side, place.module) == (name, side, model.get_submodule(name))
+    assert str(place) == f"{name}:{side}"
+
+
+def test_default_is_named_in_the_log(caplog):
+    with caplog.at_level(logging.INFO, "loft_fast"):
+        find_site(Tokens())
+    assert "last linear layer, 'fc'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("site", "message"),
+    [
+        ("fcc", r"no module 'fcc' in the model; nearest: 'fc'"),
+        ("bodi.0", r"no module 'bodi.0' in the model; nearest: 'body.0'"),
+        ("???", r"no module '\?\?\?' in the model; nearest: 'body.2', 'body.3', 'fc'"),
+        ("fc:middle", "got 'fc:middle', expected 'name', 'name:input' or 'name:output'"),
+        (3, "got int, expected the name of a module"),
+        (nn.Linear(2, 2), "got Linear, expected the name of a module"),
+    ],
+)
+def test_unknown_sites(site, message):
+    with pytest.raises(SiteError, match=f"site: {message}"):
+        find_site(Mlp(), site)
+
+
+def test_no_default_without_a_linear():
+    with pytest.raises(SiteError, match=r"site: the model has no nn.Linear to default to"):
+        find_site(Maps())
+
+
+@pytest.mark.parametrize("model", [None, torch.relu, "fc"])
+def test_model_must_be_a_module(model):
+    with pytest.raises(InputError, match=r"model: got \w+, expected a torch.nn.Module"):
+        find_site(model, "fc")
+
+
+@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
+def test_wrappers_do_not_change_names(wrap):
+    model = Mlp()
+    fc, first = model.fc, model.body[0]
+    wrapped = wrap(model)
+    assert unwrap(wrapped) is model
+    assert find_site(wrapped).plain is fc
+    assert find_site(wrapped, "fc:output").plain is fc
+    assert find_site(wrapped, "body.0").plain is first
+    assert last_linear(wrapped) == "fc"
+
+
+class Norm2d(nn.LayerNorm):
+    """As in ConvNeXt: normalises the channels of feature maps."""
+
+    def forward(self, x):
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "dim"),
+    [
+        (nn.Linear(3, 2), (4, 3), 1),
+        (nn.Linear(3, 2), (4, 7, 3), 2),
+        (nn.Linear(3, 2), (4, 5, 6, 3), 3),
+        (nn.Embedding(3, 2), (4, 5, 6, 2), 3),
+        (nn.LayerNorm(3), (4, 5, 6, 3), 3),
+        (nn.RMSNorm(3), (4, 5, 6, 3), 3),
+        (nn.LayerNorm([3, 5, 6]), (4, 3, 5, 6), 1),
+        (Norm2d(3), (4, 3, 5, 6), 1),
+        (nn.Conv1d(3, 2, 1), (4, 3, 7), 1),
+        (nn.Conv2d(3, 2, 1), (4, 3, 5, 6), 1),
+        (nn.Conv3d(3, 2, 1), (4, 3, 5, 6, 7), 1),
+        (nn.ConvTranspose1d(3, 2, 1), (4, 3, 7), 1),
+        (nn.BatchNorm1d(3), (4, 3), 1),
+        (nn.BatchNorm1d(3), (4, 3, 7), 1),
+        (nn.GroupNorm(1, 3), (4, 3, 7), 1),
+        (nn.AdaptiveAvgPool1d(1), (4, 3, 7), 1),
+        (nn.MaxPool1d(2), (4, 3, 7), 1),
+        (nn.ReLU(), (4, 3), 1),
+        (nn.ReLU(), (4, 7, 3), 2),
+        (nn.ReLU(), (4, 3, 5, 6), 1),
+        (nn.Flatten(), (4, 3, 1, 1), 1),
+    ],
+)
+def test_channel_dim(module, shape, dim):
+    site = Site("it", "input", module)
+    features = torch.zeros(shape)
+    assert site.channel_dim(features) == dim
+    rest = [size for i, size in enumerate(shape) if i != dim]
+    assert site.channels_last(features).shape == (*rest, shape[dim])
+
+
+@pytest.mark.parametrize(
+    ("features", "got"),
+    [
+        ((torch.zeros(2, 3), None), "a tuple"),
+        (None, "a NoneType"),
+        (torch.zeros(2, 3, dtype=torch.int64), r"a torch.int64 tensor of shape \(2, 3\)"),
+        (torch.zeros(3), r"a torch.float32 tensor of shape \(3,\)"),
+        (torch.zeros(2, 3, dtype=torch.complex64), r"a torch.complex64 tensor of shape \(2, 3\)"),
+    ],
+)
+def test_check_refuses(features, got):
+    with pytest.raises(SiteError, match=f"site: 'fc:output' carries {got}, expected a float tensor"):
+        Site("fc", "output", nn.Linear(3, 2)).check(features)
+
+
+@pytest.mark.parametrize(("model", "name"), [(nn.Sequential(nn.Linear(5, 3)), "0"), (ByKeyword(), "fc")])
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_hook_sees_and_replaces(model, name, side):
+    place = find_site(model, f"{name}:{side}")
+    x = torch.randn(4, 5)
+    seen = []
+    want = x if side == "input" else model(x)
+    hook = place.hook(seen.append)
+    unchanged = model(x)
+    hook.remove()
+    assert len(seen) == 1
+    assert torch.equal(seen[0], want)
+    hook = place.hook(torch.zeros_like)
+    replaced = model(x)
+    hook.remove()
+    assert torch.equal(model(x), unchanged)
+    bias = place.plain.bias.expand(4, 3)
+    assert torch.equal(replaced, bias if side == "input" else torch.zeros(4, 3))
+
+
+def test_hook_leaves_other_arguments_alone():
+    class Scale(nn.Module):
+        def forward(self, hidden, factor, shift=0.0):
+            return hidden * factor + shift
+
+    model = Scale()
+    with_hook = find_site(model, ":input").hook(torch.ones_like)
+    x = torch.zeros(2, 3)
+    assert torch.equal(model(x, 2.0, shift=1.0), torch.full((2, 3), 3.0))
+    assert torch.equal(model(shift=1.0, factor=2.0, hidden=x), torch.full((2, 3), 3.0))
+    with_hook.remove()
+
+
+def test_hook_without_a_first_argument():
+    class Takes(nn.Module):
+        def forward(self, hidden=None, other=None):
+            return other
+
+    model = Takes()
+    find_site(model, ":input").hook(torch.ones_like)
+    with pytest.raises(SiteError, match="is called without its first argument"):
+        model(other=torch.zeros(2, 3))
+
+
+def mixed_modes():
+    model = build(Mlp)
+    model.body[1].eval()
+    return model
+
+
+@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
+def test_evaluating_restores_every_mode(error):
+    model = mixed_modes()
+    before = everything(model)
+    with pytest.raises(error) if error else nullcontext(), evaluating(model):
+        assert not any(module.training for module in model.modules())
+        assert torch.is_inference_mode_enabled()
+        if error:
+            raise error
+    assert everything(model) == before
+    assert not torch.is_inference_mode_enabled()
+
+
+def test_evaluating_restores_modes_when_eval_fails_half_way():
+    class Broken(nn.Module):
+        def train(self, mode=True):
+            if not mode:
+                raise RuntimeError("broken")
+            return super().train(mode)
+
+    model = nn.Sequential(nn.Dropout(), Broken())
+    with pytest.raises(RuntimeError, match="broken"), evaluating(model):
+        pass
+    assert [module.training for module in model.modules()] == [True, True, True]
+
+
+def test_evaluating_undoes_what_eval_mode_does():
+    class Merging(nn.Linear):
+        """As low-rank adapters do: eval mode merges a term into the weight, training mode takes it out."""
+
+        merged = False
+
+        def train(self, mode=True):
+            self.merged = not mode
+            return super().train(mode)
+
+    model = Merging(3, 3)
+    with evaluating(model):
+        assert model.merged
+    assert not model.merged
+
+
+def test_evaluating_runs_no_compiled_code():
+    runs = []
+
+    def backend(graph, inputs):
+        return lambda *args: runs.append(1) or graph.forward(*args)
+
+    model = torch.compile(build(Mlp).eval(), backend=backend)
+    x = torch.randn(2, 6)
+    with evaluating(model):
+        model(x)
+    assert not runs
+    model(x)
+    assert runs
+
+
+def test_device_of():
+    assert device_of(Mlp()) == torch.device("cpu")
+    assert device_of(nn.ReLU()) == torch.device("cpu")
+    assert device_of(nn.BatchNorm1d(3, affine=False, device="meta")) == torch.device("meta")
+    spread = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
+    assert device_of(spread) == torch.device("cpu")
+    with pytest.raises(InputError, match="device: the model is spread over cpu, meta, expected device=None"):
+        device_of(spread, alone=True)
