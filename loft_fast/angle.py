@@ -49,7 +49,7 @@ def choose_angle(
 
     A group that retain does not have is forgotten at accuracy 0. A group of which retain has other rows is forgotten
     when its accuracy falls to what a linear discriminant refitted on the retain moments alone would reach.
-    With `erase`, the mildest angle at which a linear probe is predicted to be blind as well.
+    With `erase`, the mildest angle from there on at which a linear probe is predicted to be blind as well.
 
     Raises:
         InputError: moments are not grouped, keys are not outputs of the head, or the head does not fit the features.
@@ -110,7 +110,11 @@ class _Forecast:
         return self.rungs[index]
 
     def mildest(self) -> Choice:
-        """The first rung on the plateau of least cost, and one further as a margin if that is as good."""
+        """The mildest angle that will do."""
+        return self.choice(self.first(), "the mildest angle predicted to forget, from moments and head, with a margin")
+
+    def first(self) -> int:
+        """The first rung on the plateau of least cost, or one further as a margin if that is as good."""
         top = len(_LADDER) - 1
         low, high = 0, top - 2
         floor = self.at(high).cost
@@ -124,17 +128,17 @@ class _Forecast:
             low, high = (low, middle) if cost <= floor + _TOLERANCE else (middle + 1, high)
         if high < top and self.at(high + 1).cost <= self.at(high).cost + _TOLERANCE:
             high += 1
-        return self.choice(high, "the mildest angle predicted to forget, from moments and head, with a margin")
+        return high
 
     def erased(self) -> Choice:
-        """The first rung where a linear probe is predicted blind, or the last one that retain can afford."""
-        affordable = self.at(0).retain - _ERASE_COST
-        low, high = 0, len(_LADDER) - 1
+        """The first rung that forgets and blinds a linear probe, or the last one after it that retain can afford."""
+        low, high = self.first(), len(_LADDER) - 1
+        affordable = self.at(low).retain - _ERASE_COST
         while low < high:
             middle = (low + high) // 2
             done = self.probe_auc(self.at(middle).point.basis) <= _ERASED_AUC or self.at(middle).retain < affordable
             low, high = (low, middle) if done else (middle + 1, high)
-        if high > 0 and self.at(high).retain < affordable:
+        if self.at(high).retain < affordable:
             return self.choice(high - 1, "the strongest angle predicted to cost the retain set at most a point")
         return self.choice(high, "the mildest angle at which a linear probe is predicted to be blind")
 

@@ -139,5 +139,5 @@ class Projection(nn.Module):
             certificate = Certificate(**json.loads(text)) if text else None
             str(certificate)  # a field of the wrong type fails here, not in the user's print
             return cls(tensors["basis"], tensors["center"], certificate, header.get("site") or None)
-        except (InputError, RecursionError, TypeError, ValueError) as error:
+        except (AttributeError, InputError, RecursionError, TypeError, ValueError) as error:
             raise FileFormatError(f"path: {str(path)!r} holds a projection that contradicts itself: {error}") from error

@@ -19,6 +19,7 @@ from loft_fast.frontier import Frontier, Point
 from loft_fast.goals import Distance, Goal, KeepRetain, linear_text
 from loft_fast.grouped_moments import GroupedMoments
 from loft_fast.moments import Moments, lasting
+from loft_fast.newton import first_angle
 from loft_fast.objective import About, build_objective, pooled
 from loft_fast.projection import Certificate, Projection
 
@@ -97,12 +98,15 @@ def solve(
     if len(chosen) > 1:
         raise InputError(f"{chosen[1]}: got it together with {chosen[0]}, expected at most one trade-off")
     objective = build_objective(pooled("retain", retain), pooled("forget", forget), about)
-    _check_number("rank", rank, 1, objective.dim - 1, whole=True)
-    _check_number("angle", angle, 0.0, math.pi / 2)
-    _check_number("forget_weight", forget_weight, 1e-9, 1e9)
-    _check_number("min_retain_kept", min_retain_kept, 0.0, 1.0)
-    _check_number("max_loss", max_loss, 0.0, 2.0)
-    _check_number("tolerance", tolerance, 1e-12, 1.0)
+    check_number("rank", rank, 1, objective.dim - 1, whole=True)
+    check_number("angle", angle, 0.0, math.pi / 2)
+    check_number("forget_weight", forget_weight, 1e-9, 1e9)
+    check_number("min_retain_kept", min_retain_kept, 0.0, 1.0)
+    check_number("max_loss", max_loss, 0.0, 2.0)
+    check_number("tolerance", tolerance, 1e-12, 1.0)
+    if erase and (head is None or rank is not None or chosen):
+        got = "without a head" if head is None else f"together with {'rank' if rank is not None else chosen[0]}"
+        raise InputError(f"erase: got True {got}, expected a head, which finds the angle by itself")
     if max_loss is not None and rank is not None:
         raise InputError("max_loss: got it together with rank, expected one of them: max_loss finds the rank")
     frontier = Frontier(objective)
@@ -166,12 +170,16 @@ def optimum(frontier: Frontier, goal: Goal, rank: int, tolerance: float) -> Opti
 def _searched(frontier: Frontier, goal: Goal, rank: int | None, tolerance: float) -> _Search:
     """The search for the optimum at one rank; rank=None relaxes the rank and stops between two neighbouring ones.
 
-    Safeguarded secant on the goal's residual inside a bracket of angles. Where the residual jumps across zero the
+    Safeguarded secant on the goal's residual inside a bracket of angles, from a first angle that is near the optimum
+    as a rule. Where the residual jumps across zero the
     frontier has a flat side there: the normal of the chord between both ends is its angle, and the geodesic between
     their subspaces reaches every point of it.
     """
     search = _Search(goal, tolerance)
     angle = math.pi / 4
+    if rank is not None and goal.reach:
+        angle, solves = first_angle(frontier.objective, goal, rank)
+        frontier.eigen_solves += solves
     for count in range(_MAX_SOLVES):
         search.add(frontier.at(angle, rank))
         following = search.next_angle(count)
@@ -282,7 +290,8 @@ def _smallest_rank(frontier: Frontier, goal: Goal, max_loss: float, tolerance: f
     return best
 
 
-def _check_number(name: str, value: float | None, low: float, high: float, whole: bool = False) -> None:
+def check_number(name: str, value: float | None, low: float, high: float, whole: bool = False) -> None:
+    """Refuse an argument that is neither None nor a (whole) number in [low, high]."""
     if value is None:
         return
     kind = int if whole else (int, float)

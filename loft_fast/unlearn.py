@@ -17,7 +17,7 @@ from loft_fast.moments import Moments
 from loft_fast.objective import About
 from loft_fast.projection import Projection
 from loft_fast.sites import Site, find_site, last_linear
-from loft_fast.solver import _check_number, solve
+from loft_fast.solver import check_number, solve
 from loft_fast.surgery import Attached, attach, fold, foldable, known_width
 
 log = logging.getLogger("loft_fast")
@@ -115,13 +115,13 @@ def _check(
 ) -> None:
     """Refuse before the pass over the data what would be refused after it."""
     if erase and rank is not None:
-        raise InputError(f"erase: got it together with rank={rank}, expected one of them: erasing finds the rank")
+        raise InputError(f"erase: got True together with rank={rank}, expected one of them: erasing finds the rank")
     width = known_width(place)
     for name, part in given.items():
         if width is not None and part.dim != width:
             raise InputError(f"{name}: got moments of dim {part.dim}, expected {width} at {str(place)!r}")
     if width is not None:
-        _check_number("rank", rank, 1, width - 1, whole=True)
+        check_number("rank", rank, 1, width - 1, whole=True)
     if fold:
         foldable(model, place)
 

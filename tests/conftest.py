@@ -12,6 +12,9 @@ from loft_fast import GroupedMoments, Moments
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# The problems are small: threads that wait for each other cost more than they bring.
+torch.set_num_threads(1)
+
 # The same examples in every run, and no clock: how long an example takes says nothing about right or wrong.
 settings.register_profile("tests", deadline=None, derandomize=True, database=None, max_examples=40)
 settings.load_profile("tests")
@@ -29,7 +32,7 @@ def normal(*shape, mean=0.0, std=1.0, seed=0, dtype=torch.float64):
 def state(moments):
     """Everything a (Grouped)Moments holds, bit for bit: equal states, equal values."""
     if isinstance(moments, GroupedMoments):
-        return moments.site, {key: state(moments._parts[key]) for key in moments.keys()}  # noqa: SIM118
+        return moments.site, {key: state(moments[key]) for key in moments}
     assert isinstance(moments, Moments)
     bits = (tensor.contiguous().view(torch.int64).tolist() for tensor in (moments.mean, moments.scatter))
     return moments.dim, moments.count, moments.site, *bits
@@ -43,7 +46,7 @@ def truth(x):
 
 
 def check_moments(moments, x, tolerance, among=None):
-    """`moments` are those of the rows x; errors relative to their size and spread, or that of all rows `among` which they were."""
+    """`moments` are those of the rows x; errors are relative to the size and spread of x, or of the rows of `among`."""
     mean, scatter = truth(x)
     widest = (x if among is None else among).to(torch.float64)
     size = float(widest.abs().max()) if len(widest) else 0.0

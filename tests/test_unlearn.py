@@ -229,9 +229,10 @@ def test_erase(caplog):
 
 
 @pytest.mark.parametrize("kwargs", [{"rank": 3}, {"site": "body"}])
-def test_erase_without_a_head_warns(kwargs, caplog):
-    unlearn(build(Classes), erase=True, **kwargs)
-    assert "erase: ignored" in caplog.text
+def test_erase_without_a_head_is_refused(kwargs):
+    model = build(Classes)
+    with pytest.raises(InputError, match="erase: got"):
+        unlearn(model, erase=True, **kwargs)
 
 
 def test_site_of_given_moments_is_the_default():

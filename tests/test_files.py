@@ -1,0 +1,376 @@
+"""What is not the package's own file is refused with one error, and a write leaves the old file or the new one."""
+
+import contextlib
+import errno
+import json
+import os
+import struct
+
+import pytest
+import torch
+from conftest import normal, state
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from loft_fast import FileFormatError, GroupedMoments, InputError, Moments, files
+
+F64, F32 = torch.float64, torch.float32
+
+
+def moments(seed=0):
+    return Moments(3).update(normal(9, 3, seed=seed))
+
+
+def groups(seed=0):
+    return GroupedMoments(3).update(normal(9, 3, seed=seed), [0, "a", 1] * 3)
+
+
+MAKERS = {Moments: moments, GroupedMoments: groups}
+both = pytest.mark.parametrize("kind", MAKERS, ids=lambda kind: kind.__name__)
+
+
+def refuses(kind, path, *words):
+    """`kind.load` raises FileFormatError, and nothing else; the message names the file and has the words."""
+    with pytest.raises(FileFormatError) as caught:
+        kind.load(path)
+    message = str(caught.value)
+    assert message.startswith("path: ")
+    assert all(word in message for word in (repr(str(path)), *words)), message
+
+
+def rewritten(path, kind, tensors=None, header=None, drop=()):
+    """A good file of the kind with some of its tensors and header entries replaced or dropped."""
+    MAKERS[kind]().save(path)
+    name = {Moments: "moments", GroupedMoments: "grouped_moments"}[kind]
+    names = ("mean", "scatter") if kind is Moments else ("count", "mean", "scatter")
+    old_tensors, old_header = files.read_tensors(path, name, names)
+    new = {key: value for key, value in {**old_tensors, **(tensors or {})}.items() if key not in drop}
+    new_header = {key: value for key, value in {**old_header, **(header or {})}.items() if key not in drop}
+    save_file(new, path, new_header)
+    return path
+
+
+# ---- reading what is not a file of ours ----
+
+
+@both
+def test_a_rewritten_file_is_read(tmp_path, kind):
+    # Or else the refusals below would show nothing.
+    assert state(kind.load(rewritten(tmp_path / "file", kind))) == state(MAKERS[kind]())
+
+
+# Within the length, the header, at its end, within the data, one byte short.
+@both
+@pytest.mark.parametrize("cut", [0, 1, 7, 8, 9, 60, -200, -73, -9, -1])
+def test_truncated(tmp_path, kind, cut):
+    path = tmp_path / "file"
+    MAKERS[kind]().save(path)
+    path.write_bytes(path.read_bytes()[:cut])
+    refuses(kind, path)
+
+
+@both
+def test_more_than_the_file_should_hold(tmp_path, kind):
+    path = tmp_path / "file"
+    MAKERS[kind]().save(path)
+    path.write_bytes(path.read_bytes() + b"\0")
+    refuses(kind, path)
+
+
+@both
+def test_not_a_file(tmp_path, kind):
+    refuses(kind, tmp_path)
+    refuses(kind, tmp_path / "nothing here", "No such file")
+    (tmp_path / "plain").write_text("not a folder")
+    refuses(kind, tmp_path / "plain" / "file")
+    refuses(kind, tmp_path / ("x" * 300))
+
+
+def raw(header, data=b""):
+    return struct.pack("<Q", len(header)) + header + data
+
+
+FOREIGN = {
+    "empty": b"",
+    "zeros": b"\0" * 100,
+    "ones": b"\xff" * 100,
+    "text": b"loft_fast.moments\n" * 10,
+    "pickle": b"\x80\x04\x95" + b"." * 50,
+    "zip": b"PK\x03\x04" + b"\0" * 50,
+    "header is a list": raw(b"[]"),
+    "header is null": raw(b"null"),
+    "header is not UTF-8": raw(b"\xff\xfe{}"),
+    "header never ends": raw(b'{"a":' * 3000),
+    "header longer than the file": struct.pack("<Q", 2**40) + b"{}",
+}
+
+
+@both
+@pytest.mark.parametrize("case", FOREIGN)
+def test_foreign_bytes(tmp_path, kind, case):
+    path = tmp_path / "file"
+    path.write_bytes(FOREIGN[case])
+    refuses(kind, path)
+
+
+@given(st.binary(max_size=300))
+def test_random_bytes(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "random bytes"
+    path.write_bytes(data)
+    refuses(Moments, path)
+
+
+@pytest.mark.parametrize("kind", [Moments, GroupedMoments])
+@given(st.lists(st.tuples(st.integers(0, 500), st.integers(0, 255)), min_size=1, max_size=4))
+def test_changed_bytes_give_an_error_or_other_numbers(tmp_path_factory, kind, changes):
+    # There is no checksum: another number is a good file. Nothing but FileFormatError may come out.
+    path = tmp_path_factory.getbasetemp() / "changed bytes"
+    MAKERS[kind]().save(path)
+    data = bytearray(path.read_bytes())
+    for position, value in changes:
+        data[position % len(data)] = value
+    path.write_bytes(data)
+    with contextlib.suppress(FileFormatError):
+        assert kind.load(path).dim >= 1
+
+
+@both
+def test_foreign_safetensors(tmp_path, kind):
+    path = tmp_path / "file"
+    save_file({"mean": torch.zeros(3, dtype=F64), "scatter": torch.zeros(6, dtype=F64)}, path)
+    refuses(kind, path, "a foreign file")
+    save_file({"weight": torch.zeros(3)}, path, {"format": "pt"})
+    refuses(kind, path, "holds pt")
+
+
+def test_wrong_kind(tmp_path):
+    path = tmp_path / "file"
+    moments().save(path)
+    refuses(GroupedMoments, path, "holds loft_fast.moments, expected loft_fast.grouped_moments")
+    groups().save(path)
+    refuses(Moments, path, "holds loft_fast.grouped_moments, expected loft_fast.moments")
+
+
+@both
+def test_wrong_schema(tmp_path, kind):
+    refuses(kind, rewritten(tmp_path / "file", kind, header={"schema": "99"}), "schema '99', this version reads '1'")
+    refuses(kind, rewritten(tmp_path / "file", kind, drop=["schema"]), "schema None")
+
+
+@both
+@pytest.mark.parametrize("name", ["mean", "scatter"])
+def test_missing_tensor(tmp_path, kind, name):
+    refuses(kind, rewritten(tmp_path / "file", kind, drop=[name]), f"lacks {name}")
+
+
+def test_missing_count(tmp_path):
+    refuses(GroupedMoments, rewritten(tmp_path / "file", GroupedMoments, drop=["count"]), "lacks count")
+
+
+NAN, INF = float("nan"), float("inf")
+CONTRADICTIONS = {
+    "mean too long": {"tensors": {"mean": torch.zeros(4, dtype=F64)}},
+    "mean is a matrix": {"tensors": {"mean": torch.zeros(1, 3, dtype=F64)}},
+    "mean is a number": {"tensors": {"mean": torch.zeros((), dtype=F64)}},
+    "mean is empty": {"tensors": {"mean": torch.zeros(0, dtype=F64), "scatter": torch.zeros(0, dtype=F64)}},
+    "mean is float32": {"tensors": {"mean": torch.zeros(3)}},
+    "mean is an integer": {"tensors": {"mean": torch.zeros(3, dtype=torch.int64)}},
+    "mean is NaN": {"tensors": {"mean": torch.full((3,), NAN, dtype=F64)}},
+    "scatter not packed": {"tensors": {"scatter": torch.zeros(3, 3, dtype=F64)}},
+    "scatter too short": {"tensors": {"scatter": torch.zeros(5, dtype=F64)}},
+    "scatter is float32": {"tensors": {"scatter": torch.zeros(6)}},
+    "scatter is infinite": {"tensors": {"scatter": torch.full((6,), INF, dtype=F64)}},
+    "no count": {"drop": ["count"]},
+    "count is no number": {"header": {"count": "many"}},
+    "count is a fraction": {"header": {"count": "2.5"}},
+    "count is negative": {"header": {"count": "-1"}},
+    "count is endless": {"header": {"count": "9" * 5000}},
+    "count beyond 64 bits": {"header": {"count": str(2**63)}},
+    "no rows but a scatter": {"header": {"count": "0"}},
+    "residue is no number": {"header": {"residue": "little"}},
+    "residue is NaN": {"header": {"residue": "nan"}},
+    "residue is infinite": {"header": {"residue": "inf"}},
+    "residue is negative": {"header": {"residue": "-1"}},
+}
+
+
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_contradictory_moments(tmp_path, case):
+    refuses(Moments, rewritten(tmp_path / "file", Moments, **CONTRADICTIONS[case]))
+
+
+# Three groups of three features each.
+GROUP_CONTRADICTIONS = {
+    "count too short": {"tensors": {"count": torch.ones(2, dtype=torch.int64)}},
+    "count is a matrix": {"tensors": {"count": torch.ones(3, 1, dtype=torch.int64)}},
+    "count is NaN": {"tensors": {"count": torch.full((3,), NAN, dtype=F64)}},
+    "count is a fraction": {"tensors": {"count": torch.full((3,), 2.5)}},
+    "count is negative": {"tensors": {"count": torch.tensor([3, -3, 3])}},
+    "no rows but a scatter": {"tensors": {"count": torch.tensor([3, 0, 3])}},
+    "mean lacks a group": {"tensors": {"mean": torch.zeros(2, 3, dtype=F64)}},
+    "mean has another dim": {"tensors": {"mean": torch.zeros(3, 4, dtype=F64)}},
+    "mean is a vector": {"tensors": {"mean": torch.zeros(3, dtype=F64)}},
+    "mean is float32": {"tensors": {"mean": torch.zeros(3, 3)}},
+    "mean is NaN": {"tensors": {"mean": torch.full((3, 3), NAN, dtype=F64)}},
+    "scatter lacks a group": {"tensors": {"scatter": torch.zeros(2, 6, dtype=F64)}},
+    "scatter has another dim": {"tensors": {"scatter": torch.zeros(3, 10, dtype=F64)}},
+    "scatter not packed": {"tensors": {"scatter": torch.zeros(3, 3, 3, dtype=F64)}},
+    "scatter is a number": {"tensors": {"scatter": torch.zeros((), dtype=F64)}},
+    "scatter is infinite": {"tensors": {"scatter": torch.full((3, 6), INF, dtype=F64)}},
+    "no dim": {"drop": ["dim"]},
+    "dim is no number": {"header": {"dim": "three"}},
+    "dim is another": {"header": {"dim": "4"}},
+    "dim is 0": {"header": {"dim": "0"}},
+    "no keys": {"drop": ["keys"]},
+    "keys are not JSON": {"header": {"keys": "[0, 1"}},
+    "keys are too few": {"header": {"keys": "[0, 1]"}},
+    "keys repeat": {"header": {"keys": "[0, 1, 0]"}},
+    "keys are an object": {"header": {"keys": '{"a": 1, "b": 2, "c": 3}'}},
+    "keys are a string": {"header": {"keys": '"abc"'}},
+    "keys are null": {"header": {"keys": "null"}},
+    "a key is a fraction": {"header": {"keys": "[0, 1, 2.5]"}},
+    "a key is a truth value": {"header": {"keys": "[0, 2, true]"}},
+    "a key is a list": {"header": {"keys": "[0, 1, [2]]"}},
+    "keys never end": {"header": {"keys": "[" * 100_000}},
+    "residue is NaN": {"header": {"residue": "nan"}},
+}
+
+
+@pytest.mark.parametrize("case", GROUP_CONTRADICTIONS)
+def test_contradictory_groups(tmp_path, case):
+    refuses(GroupedMoments, rewritten(tmp_path / "file", GroupedMoments, **GROUP_CONTRADICTIONS[case]))
+
+
+def test_data_types_that_torch_lacks(tmp_path):
+    header = {
+        "__metadata__": {"format": "loft_fast.moments", "schema": files.SCHEMA, "count": "3"},
+        "mean": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]},
+        "scatter": {"dtype": "F8_E8M0", "shape": [3], "data_offsets": [1, 4]},
+    }
+    path = tmp_path / "file"
+    path.write_bytes(raw(json.dumps(header).encode(), b"\0" * 4))
+    refuses(Moments, path)
+
+
+# ---- writing ----
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@both
+def test_a_save_replaces_the_old_file(tmp_path, kind):
+    path = tmp_path / "file"
+    for seed in (0, 1):
+        MAKERS[kind](seed).save(path)
+        assert state(kind.load(path)) == state(MAKERS[kind](seed))
+    assert names(tmp_path) == ["file"]
+
+
+def test_a_saved_file_has_the_permissions_of_any_new_file(tmp_path):
+    moments().save(tmp_path / "file")
+    (tmp_path / "other").write_bytes(b"")
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_a_path_may_be_a_string_with_any_letters(tmp_path):
+    path = os.fspath(tmp_path / "größe 'x' $(y)\n.safetensors")
+    moments().save(path)
+    assert state(Moments.load(path)) == state(moments())
+
+
+@both
+def test_nowhere_to_write(tmp_path, kind):
+    blocked = tmp_path / "blocked"
+    blocked.write_text("a file, not a folder")
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "no folder" / "file", blocked / "file", tmp_path / "folder", tmp_path / ("x" * 300)):
+        with pytest.raises(InputError, match=r"^path: cannot write"):
+            MAKERS[kind]().save(path)
+    assert blocked.read_text() == "a file, not a folder"
+    assert names(tmp_path) == ["blocked", "folder"]
+
+
+class Full:
+    """An open file on a disk that is full, or that fails when flushed."""
+
+    def __init__(self, file, method):
+        self.file, self.method = file, method
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+
+    def __getattr__(self, name):
+        if name == self.method:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return getattr(self.file, name)
+
+
+def fail(error):
+    def failing(*arguments, **keywords):
+        raise error
+
+    return failing
+
+
+FAILURES = {
+    "no temporary file": lambda patch, error: patch.setattr(files.tempfile, "mkstemp", fail(error)),
+    "write": lambda patch, error: patch.setattr(
+        files.os, "fdopen", lambda fd, mode, o=os.fdopen: Full(o(fd, mode), "write")
+    ),
+    "flush": lambda patch, error: patch.setattr(
+        files.os, "fdopen", lambda fd, mode, o=os.fdopen: Full(o(fd, mode), "flush")
+    ),
+    "sync": lambda patch, error: patch.setattr(files.os, "fsync", fail(error)),
+    "rename": lambda patch, error: patch.setattr(files.os, "replace", fail(error)),
+}
+
+
+@pytest.mark.parametrize("step", FAILURES)
+@both
+def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, kind, step):
+    path = tmp_path / "file"
+    MAKERS[kind](0).save(path)
+    with monkeypatch.context() as patch:
+        FAILURES[step](patch, OSError(errno.ENOSPC, "No space left on device"))
+        with pytest.raises(InputError, match=r"^path: cannot write .*: No space left on device"):
+            MAKERS[kind](1).save(path)
+    assert names(tmp_path) == ["file"]
+    assert state(kind.load(path)) == state(MAKERS[kind](0))
+
+
+@pytest.mark.parametrize("step", ["sync", "rename"])
+def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, step):
+    path = tmp_path / "file"
+    moments(0).save(path)
+    with monkeypatch.context() as patch:
+        FAILURES[step](patch, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            moments(1).save(path)
+    assert names(tmp_path) == ["file"]
+    assert state(Moments.load(path)) == state(moments(0))
+
+
+# ---- folders ----
+
+
+def test_writable_folder_is_made_and_left_empty(tmp_path):
+    folder = tmp_path / "new" / "folder"
+    assert files.writable_folder("out", folder) == folder
+    assert names(folder) == []
+    assert files.writable_folder("out", folder) == folder
+
+
+def test_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "folder"):
+        with pytest.raises(InputError, match=r"^out: cannot write to "):
+            files.writable_folder("out", folder)
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", fail(PermissionError(errno.EACCES, "Permission denied")))
+    with pytest.raises(InputError, match=r"^out: cannot write to .*: Permission denied"):
+        files.writable_folder("out", tmp_path)
