@@ -4,6 +4,9 @@ BIN := .venv/bin
 INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+# Threads that wait by spinning slow each other down many times over where the cores are shared, as on most CI machines.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: help demo test lint bench quality clean
 help:            ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1: /p' Makefile

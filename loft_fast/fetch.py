@@ -51,7 +51,7 @@ def fetch_moments(
     target = unwrap(model)
     caught: list[Tensor] = []
     home = device_of(target, alone=device is not None)
-    run_on = torch.device(device) if device is not None else home
+    run_on = home if device is None else _device(device)
     result: Moments | GroupedMoments | None = None
     hook = None
     try:
@@ -115,6 +115,13 @@ def _add(
     index = index.to(positions.device)
     flat = (index[real] if real is not None else index).reshape(-1)
     result.update(positions, flat if names is None else [names[i] for i in flat.tolist()])
+
+
+def _device(device: torch.device | str) -> torch.device:
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"device: got {device!r}, expected a torch.device or its name, such as 'cpu'") from error
 
 
 def _enumerate(keys: list[Any]) -> tuple[Tensor, list[Any]]:

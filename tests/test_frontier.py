@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -41,7 +42,7 @@ def test_point_is_extreme_and_has_the_shares_it_claims(kind, angle):
 def test_both_shares_fall_along_the_frontier():
     frontier, _, _ = frontier_of("power law")
     points = [frontier.at(angle, 5) for angle in np.linspace(0, math.pi / 2, 30)]
-    for left, right in zip(points, points[1:], strict=False):
+    for left, right in itertools.pairwise(points):
         assert right.retain_kept <= left.retain_kept + 1e-13
         assert right.forget_kept <= left.forget_kept + 1e-13
 

@@ -69,6 +69,15 @@ def test_constant_rows_have_no_variance_whatever_they_are(value, dtype):
         build_objective(moments(rows(20, 4)), constant, "own")
 
 
+@pytest.mark.parametrize("value", [1.0, 1e8 / 3])
+def test_rows_that_differ_by_rounding_only_have_no_variance(value):
+    steps = torch.randint(-2, 3, (1000, 4), generator=torch.Generator().manual_seed(0)).double()
+    constant = moments(value * (1 + 2.0**-52 * steps))
+    assert constant.scatter.trace() > 0
+    with pytest.raises(InputError, match="retain: 1000 rows of zero variance"):
+        build_objective(constant, moments(rows(20, 4)))
+
+
 @pytest.mark.parametrize("scale", [1e-100, 1e-3, 1e100])
 def test_size_of_the_features_does_not_matter(scale):
     plain, scaled = (build_objective(moments(s * rows(50, 4)), moments(s * rows(20, 4, seed=1))) for s in (1, scale))

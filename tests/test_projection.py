@@ -239,7 +239,7 @@ def test_a_truncated_file_is_refused(saved, share):
     path = saved[1]
     data = path.read_bytes()
     path.write_bytes(data[: int(share * len(data))])
-    with pytest.raises(FileFormatError, match="path: cannot read .*p.safetensors"):
+    with pytest.raises(FileFormatError, match=r"path: cannot read .*p\.safetensors"):
         Projection.load(path)
 
 
@@ -266,7 +266,7 @@ def test_files_of_another_kind_are_refused(tmp_path):
     make_problem("power law", 12).moments[0].save(tmp_path / "moments")
     save_file({"basis": torch.eye(3)}, tmp_path / "foreign")
     for name in ("moments", "foreign"):
-        with pytest.raises(FileFormatError, match="expected loft_fast.projection"):
+        with pytest.raises(FileFormatError, match=r"expected loft_fast\.projection"):
             Projection.load(tmp_path / name)
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_cli import few_digits
 
 import loft_fast
 from loft_fast import cli
-from loft_fast.demo import digits
+from loft_fast.demo import digits, run
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
@@ -85,6 +86,7 @@ def test_loft_fast_commands_run_in_order(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(digits, "EPOCHS", 1)
+    monkeypatch.setattr(run, "load_digits", few_digits)
     source = "from test_readme import Net as net, rows\ndef loader(): return rows(0)\n"
     Path("mine.py").write_text(source)
     sys.path.insert(0, str(Path(__file__).parent))

@@ -64,6 +64,8 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
         raise InputError(f"forget: got {list(options.forget)}, expected one to eight of the digits 0 to 9")
     if not 1 <= options.rank < FEATURES:
         raise InputError(f"rank: got {options.rank}, expected 1 to {FEATURES - 1}")
+    if options.threads < 1:
+        raise InputError(f"threads: got {options.threads}, expected at least 1")
     files.writable_folder("out", options.out)
     with _threads(options.threads):
         data = load_digits()
