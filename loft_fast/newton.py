@@ -18,7 +18,7 @@ from loft_fast.goals import Goal
 from loft_fast.objective import Objective
 
 _SMALLEST = 128  # below this dimension a float64 solve costs as little as a guess
-_THINNING = 2  # every second feature makes a problem that costs an eighth and has its optimum nearby
+_THINNINGS = (4, 2)  # every second feature makes a problem that costs an eighth and has its optimum nearby
 _FAR = 0.4  # radians; no model is trusted further than that
 _NEAR = 0.1  # radians; a longer step is followed by another, since its error grows with the third power
 _MAX_STEPS = 3
@@ -30,10 +30,11 @@ def first_angle(objective: Objective, goal: Goal, rank: int) -> tuple[float, int
     if objective.dim < _SMALLEST:
         return angle, 0
     retain, forget = objective.retain.float(), objective.forget.float()
-    thin = [matrix[::_THINNING, ::_THINNING] for matrix in (retain, forget)]
-    traces = [float(matrix.trace()) for matrix in thin]
-    if min(traces) > 0:
-        angle, _ = _descend(thin[0] / traces[0], thin[1] / traces[1], goal, max(1, rank // _THINNING), angle)
+    for step in _THINNINGS:
+        thin = [matrix[::step, ::step] for matrix in (retain, forget)]
+        traces = [float(matrix.trace()) for matrix in thin]
+        if min(traces) > 0:
+            angle, _ = _descend(thin[0] / traces[0], thin[1] / traces[1], goal, max(1, rank // step), angle)
     return _descend(retain, forget, goal, rank, angle)
 
 
