@@ -63,14 +63,14 @@ class _Rung:
     """What is predicted at one angle. cost: retain errors plus distance to the forget target, in points."""
 
     cost: float
-    point: Point
+    basis: Tensor
     center: Tensor
     retain: float
     forget: float
 
 
 class _Forecast:
-    """Predicted accuracies along a ladder of angles; every rung is solved once."""
+    """Predicted accuracies along a ladder of angles; every rung is solved once, the chosen one again in float64."""
 
     def __init__(
         self,
@@ -98,16 +98,21 @@ class _Forecast:
     def at(self, index: int) -> _Rung:
         """The prediction at one rung, at whichever centre is better (the plain one unless it is clearly worse)."""
         if index not in self.rungs:
-            point = self.frontier.at(_LADDER[index])
-            weight = (self.weight @ point.basis) @ point.basis.T
-            options = []
-            for center in self.centers:
-                bias = self.bias + (self.weight - weight) @ center
-                retain, forget = self.retain_rows.accuracy(weight, bias), self.forget_rows.accuracy(weight, bias)
-                options.append(_Rung(100 - retain + abs(forget - self.target), point, center, retain, forget))
-            plain, pinned = options
-            self.rungs[index] = pinned if pinned.cost < plain.cost - _TOLERANCE else plain
+            basis = self.frontier.rough_basis(_LADDER[index])
+            plain, pinned = self.centers
+            rung = self.predict(basis, plain)
+            if rung.cost > _TOLERANCE:  # costs are not negative: nothing could be clearly better otherwise
+                other = self.predict(basis, pinned)
+                rung = other if other.cost < rung.cost - _TOLERANCE else rung
+            self.rungs[index] = rung
         return self.rungs[index]
+
+    def predict(self, basis: Tensor, center: Tensor) -> _Rung:
+        """What the head makes of rows projected onto this basis about this centre."""
+        weight = (self.weight @ basis) @ basis.T
+        bias = self.bias + (self.weight - weight) @ center
+        retain, forget = self.retain_rows.accuracy(weight, bias), self.forget_rows.accuracy(weight, bias)
+        return _Rung(100 - retain + abs(forget - self.target), basis, center, retain, forget)
 
     def mildest(self) -> Choice:
         """The mildest angle that will do."""
@@ -136,7 +141,7 @@ class _Forecast:
         affordable = self.at(low).retain - _ERASE_COST
         while low < high:
             middle = (low + high) // 2
-            done = self.probe_auc(self.at(middle).point.basis) <= _ERASED_AUC or self.at(middle).retain < affordable
+            done = self.probe_auc(self.at(middle).basis) <= _ERASED_AUC or self.at(middle).retain < affordable
             low, high = (low, middle) if done else (middle + 1, high)
         if self.at(high).retain < affordable:
             return self.choice(high - 1, "the strongest angle predicted to cost the retain set at most a point")
@@ -148,9 +153,9 @@ class _Forecast:
             "retain accuracy": rung.retain,
             "forget accuracy": rung.forget,
             "forget target": self.target,
-            "probe AUC": self.probe_auc(rung.point.basis),
+            "probe AUC": self.probe_auc(rung.basis),
         }
-        return Choice(rung.point, rung.center, why, predicted)
+        return Choice(self.frontier.at(_LADDER[index]), rung.center, why, predicted)
 
     def probe_auc(self, basis: Tensor) -> float:
         """AUC of the best linear probe between two Gaussians with the pooled retain and forget moments, projected."""

@@ -50,22 +50,36 @@ class Frontier:
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
         self.eigen_solves = 0
+        varies = (objective.retain.diagonal() > 0) | (objective.forget.diagonal() > 0)
+        self._live, self._dead = varies.nonzero().flatten(), (~varies).nonzero().flatten()
 
     def at(self, angle: float, rank: int | None = None) -> Point:
         """The extreme point for one angle: top `rank` eigenspace of M(angle), or its positive part (rank >= 1)."""
         values, vectors = self.spectrum(angle)
-        # Directions without variance in either set have rounding for an eigenvalue: that is not positive.
-        noise = len(values) * torch.finfo(values.dtype).eps * float(values.abs().max())
-        keep = rank if rank is not None else max(1, int((values > noise).sum()))
+        keep = rank if rank is not None else _positive(values)
         basis = vectors[:, len(values) - keep :]
         return self._point(angle, float(values[len(values) - keep :].sum()), basis)
 
-    def spectrum(self, angle: float) -> tuple[Tensor, Tensor]:
-        """Eigenvalues (ascending) and eigenvectors of M(angle)."""
+    def rough_basis(self, angle: float) -> Tensor:
+        """The basis of the positive part of M(angle) from float32, at half the cost: for trying an angle out."""
+        values, vectors = self.spectrum(angle, torch.float32)
+        return vectors[:, len(values) - _positive(values) :]
+
+    def spectrum(self, angle: float, precision: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+        """Eigenvalues (ascending) and eigenvectors of M(angle), in float64 whatever they were computed in."""
         self.eigen_solves += 1
         matrix = math.cos(angle) * self.objective.retain - math.sin(angle) * self.objective.forget
-        values, vectors = torch.linalg.eigh(matrix)
-        return values, vectors
+        dead = len(self._dead)
+        if not dead:
+            values, vectors = torch.linalg.eigh(matrix.to(precision))
+            return values.double(), vectors.double()
+        # Units that never fire, a third of a ReLU layer at times, are eigenvectors as they stand: of eigenvalue zero.
+        values, vectors = torch.linalg.eigh(matrix[self._live][:, self._live].to(precision))
+        order = torch.cat([values.double(), matrix.new_zeros(dead)]).sort()
+        whole = torch.zeros_like(matrix)
+        whole[self._live, : len(values)] = vectors.double()
+        whole[self._dead, torch.arange(len(values), len(matrix), device=matrix.device)] = 1.0
+        return order.values, whole[:, order.indices]
 
     def _point(self, angle: float, support: float, basis: Tensor) -> Point:
         # One of a, b from its matrix, the other from the support: divided by the larger of cos and sin, so stable.
@@ -112,6 +126,12 @@ class Frontier:
         angle = (low.angle + high.angle) / 2
         a, b = kept(self.objective.retain, basis), kept(self.objective.forget, basis)
         return Point(angle, math.cos(angle) * a - math.sin(angle) * b, a, b, basis)
+
+
+def _positive(values: Tensor) -> int:
+    """How many eigenvalues are positive, at least one; what rounding makes of a zero does not count."""
+    noise = len(values) * torch.finfo(torch.float64).eps * float(values.abs().max())
+    return max(1, int((values > noise).sum()))
 
 
 def kept(matrix: Tensor, basis: Tensor) -> float:

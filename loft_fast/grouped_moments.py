@@ -141,7 +141,7 @@ class GroupedMoments:
         return self.select([key for key in self.keys() if key not in dropped])
 
     def total(self) -> Moments:
-        """Moments of all rows. Bit for bit the same whether a dropped group was never seen or forgotten later."""
+        """Moments of all rows. On the CPU bit for bit the same whether a group was never seen or forgotten."""
         result = pool([self._empty, *(self._parts[key] for key in self.keys())])
         result.site = self.site
         return result

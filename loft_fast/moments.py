@@ -247,7 +247,7 @@ def _check_values(rows: Tensor) -> None:
 
 @lasting
 def pool(parts: list[Moments]) -> Moments:
-    """Moments of the union of disjoint parts, summed in the order given (MATH: Chan, Golub, LeVeque)."""
+    """Moments of the union of disjoint parts, summed in the order given (Chan, Golub, LeVeque)."""
     result = Moments(parts[0].dim, parts[0].device)
     result.site = parts[0].site
     parts = [part for part in parts if part.count]

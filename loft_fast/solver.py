@@ -171,9 +171,8 @@ def _searched(frontier: Frontier, goal: Goal, rank: int | None, tolerance: float
     """The search for the optimum at one rank; rank=None relaxes the rank and stops between two neighbouring ones.
 
     Safeguarded secant on the goal's residual inside a bracket of angles, from a first angle that is near the optimum
-    as a rule. Where the residual jumps across zero the
-    frontier has a flat side there: the normal of the chord between both ends is its angle, and the geodesic between
-    their subspaces reaches every point of it.
+    as a rule. Where the residual jumps across zero the frontier has a flat side: the normal of the chord between both
+    ends is its angle, and the geodesic between their subspaces reaches every point of it.
     """
     search = _Search(goal, tolerance)
     angle = math.pi / 4

@@ -156,3 +156,30 @@ def test_residual_changes_sign_once_along_the_frontier(goal):
 def test_no_limit_on_forget_follows_from_the_retain_end_unless_the_floor_is_out_of_reach():
     assert KeepRetain(0.5).bound(0.0, 0.7) == 0.0
     assert KeepRetain(0.5).bound(0.0, 0.4) == math.inf
+
+
+@pytest.mark.parametrize("rank", [1, 5, 12, 19, None])
+@pytest.mark.parametrize("precision", [torch.float64, torch.float32])
+def test_features_that_never_vary_change_nothing(rank, precision):
+    # Eight dead features of twenty, in between; ranks below, at and above what the others span.
+    full, _, _ = frontier_of("power law")
+    live = torch.tensor([0, 1, 3, 4, 7, 8, 9, 12, 13, 15, 18, 19])
+    retain, forget = (torch.zeros(20, 20, dtype=torch.float64) for _ in range(2))
+    for padded, matrix in ((retain, full.objective.retain), (forget, full.objective.forget)):
+        block = matrix[:12, :12]
+        padded[live.unsqueeze(1), live] = block / block.trace()
+    frontier = Frontier(Objective(retain, forget, torch.zeros(20, dtype=torch.float64)))
+    values, vectors = frontier.spectrum(0.7, precision)
+    matrix = math.cos(0.7) * retain - math.sin(0.7) * forget
+    tolerance = 1e-13 if precision == torch.float64 else 1e-5
+    torch.testing.assert_close(values, torch.linalg.eigvalsh(matrix), rtol=0, atol=tolerance)
+    torch.testing.assert_close(vectors * values @ vectors.T, matrix, rtol=0, atol=tolerance)
+    torch.testing.assert_close(vectors.T @ vectors, torch.eye(20).double(), rtol=0, atol=tolerance)
+    point = frontier.at(0.7, rank)
+    # What the eigenvalues of the whole matrix say, worked out without leaving anything out.
+    expected = torch.linalg.eigvalsh(matrix)
+    top = expected[20 - rank :].sum() if rank else expected.clamp(min=0).sum()
+    assert point.support == pytest.approx(float(top), abs=1e-13)
+    assert point.support == pytest.approx(
+        math.cos(0.7) * point.retain_kept - math.sin(0.7) * point.forget_kept, abs=1e-13
+    )
