@@ -26,7 +26,7 @@ class Point:
 
     Attributes:
         angle: the phi it is extreme for, in radians.
-        support: h(phi).
+        support: h(phi), or an upper bound of it.
         retain_kept: a = tr(PA), share of the retain variance kept.
         forget_kept: b = tr(PB), share of the forget variance kept.
         basis: (d, s) float64, orthonormal columns.

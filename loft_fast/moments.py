@@ -159,7 +159,7 @@ class Moments:
             got = f"shape {tuple(about.shape)}" if isinstance(about, Tensor) else type(about).__name__
             raise InputError(f"about: got {got}, expected a tensor of shape ({self.dim},)")
         offset = self.mean - about.to(self.mean)
-        return self.scatter / self.count + _square(offset)
+        return (self.scatter / self.count).add_(_square(offset))
 
     # ---- files ----
 

@@ -69,7 +69,7 @@ def _unit_trace(name: str, matrix: Tensor, part: Moments) -> Tensor:
     scale = float(part.mean.square().sum()) + trace
     if not trace > 1e-28 * scale:
         raise InputError(f"{name}: {part.count} rows of zero variance, expected features that vary")
-    return matrix / trace
+    return matrix.div_(trace)
 
 
 def pooled(name: str, moments: Moments | GroupedMoments) -> Moments:

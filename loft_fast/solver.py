@@ -19,7 +19,7 @@ from loft_fast.frontier import Frontier, Point
 from loft_fast.goals import Distance, Goal, KeepRetain, linear_text
 from loft_fast.grouped_moments import GroupedMoments
 from loft_fast.moments import Moments, lasting
-from loft_fast.newton import first_angle
+from loft_fast.newton import descend
 from loft_fast.objective import About, build_objective, pooled
 from loft_fast.projection import Certificate, Projection
 
@@ -177,8 +177,13 @@ def _searched(frontier: Frontier, goal: Goal, rank: int | None, tolerance: float
     search = _Search(goal, tolerance)
     angle = math.pi / 4
     if rank is not None and goal.reach:
-        angle, solves = first_angle(frontier.objective, goal, rank)
-        frontier.eigen_solves += solves
+        for estimate, point in descend(frontier.objective, goal, rank):
+            angle = estimate
+            frontier.eigen_solves += 1
+            if point is not None:
+                search.take(point)
+                if search.done:
+                    return search
     for count in range(_MAX_SOLVES):
         search.add(frontier.at(angle, rank))
         following = search.next_angle(count)
@@ -207,10 +212,14 @@ class _Search:
         self.best: Point | None = None
         self.loss, self.bound = math.inf, 0.0
 
-    def add(self, point: Point) -> None:
-        """Take in an extreme point: bound, candidate, bracket."""
+    def take(self, point: Point) -> None:
+        """Take in a point whose support is proven: bound, candidate."""
         self.bound = max(self.bound, self.goal.bound(point.angle, point.support))
         self.consider(point)
+
+    def add(self, point: Point) -> None:
+        """Take in an extreme point: bound, candidate, bracket."""
+        self.take(point)
         residual = self.goal.residual(point.angle, point.retain_kept, point.forget_kept)
         # Illinois: an end that stays while the other moves twice loses half its weight, or the secant creeps.
         if residual >= 0:
@@ -226,6 +235,7 @@ class _Search:
         self.last = point
 
     def consider(self, point: Point) -> None:
+        """Take in a candidate."""
         loss = self.goal.loss(point.retain_kept, point.forget_kept)
         if self.best is None or loss < self.loss:
             self.best, self.loss = point, loss

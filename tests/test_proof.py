@@ -1,0 +1,87 @@
+"""Proven points: the support is an upper bound whatever the basis, and a tight one near the eigenspace."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loft_fast.frontier import Frontier
+from loft_fast.objective import Objective
+from loft_fast.proof import prove
+
+
+def random_objective(dim, seed, forget_rank=None):
+    """Two random covariances of trace one."""
+    generator = torch.Generator().manual_seed(seed)
+    pair = []
+    for rows in (2 * dim, forget_rank or 2 * dim):
+        rows = torch.randn(rows, dim, generator=generator, dtype=torch.float64) * torch.arange(1, dim + 1) ** -0.5
+        pair.append(rows.T @ rows / rows.square().sum())
+    return Objective(*pair, torch.zeros(dim, dtype=torch.float64))
+
+
+def perturbed(basis, size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return basis + size * torch.randn(basis.shape, generator=generator, dtype=torch.float64)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    dim=st.integers(2, 24),
+    share=st.floats(0, 1),
+    angle=st.floats(0, math.pi / 2),
+    exponent=st.floats(-12, 0),
+    seed=st.integers(0, 2**31),
+)
+def test_support_is_never_below_the_true_one(dim, share, angle, exponent, seed):
+    objective = random_objective(dim, seed, forget_rank=max(1, dim // 2))
+    rank = 1 + int(share * (dim - 2))
+    true = Frontier(objective).at(angle, rank)
+    point = prove(objective, angle, perturbed(true.basis, 10**exponent, seed))
+    if point is None:
+        return
+    assert point.support >= true.support - 1e-13
+    value = math.cos(angle) * point.retain_kept - math.sin(angle) * point.forget_kept
+    assert value <= true.support + 1e-13
+    assert torch.allclose(point.basis.T @ point.basis, torch.eye(rank, dtype=torch.float64), atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-8, 1e-6, 1e-5])
+def test_the_bound_closes_with_the_square_of_the_error(size):
+    objective = random_objective(32, 0)
+    true = Frontier(objective).at(0.5, 10)
+    point = prove(objective, 0.5, perturbed(true.basis, size, 1))
+    assert point is not None
+    assert point.support - true.support <= 1e-14 + 1000 * size**2  # of 320 terms
+    assert abs(point.retain_kept - true.retain_kept) <= 1e-13 + 10 * size
+
+
+def test_float32_basis_will_do():
+    objective = random_objective(32, 3)
+    true = Frontier(objective).at(0.5, 10)
+    point = prove(objective, 0.5, true.basis.float())
+    assert point is not None
+    assert point.basis.dtype == torch.float64
+    assert abs(point.support - true.support) < 1e-11
+
+
+def test_another_eigenspace_is_refused():
+    objective = random_objective(32, 0)
+    _, vectors = Frontier(objective).spectrum(0.5)
+    assert prove(objective, 0.5, vectors[:, :10]) is None  # the lowest
+    assert prove(objective, 0.5, torch.cat([vectors[:, 20:21], vectors[:, -9:]], dim=1)) is None  # one too low
+
+
+@pytest.mark.parametrize("basis", [torch.zeros(32, 4), torch.ones(32, 2), torch.full((32, 3), math.nan)])
+def test_a_basis_without_full_rank_is_refused(basis):
+    assert prove(random_objective(32, 0), 0.5, basis) is None
+
+
+def test_a_tie_at_the_cut_is_refused_or_bounded():
+    # All eigenvalues equal: every subspace is optimal, and none is proven by a gap.
+    flat = torch.eye(16, dtype=torch.float64) / 16
+    objective = Objective(flat, flat, torch.zeros(16, dtype=torch.float64))
+    point = prove(objective, 0.3, torch.eye(16, dtype=torch.float64)[:, :4])
+    assert point is None or point.support >= (math.cos(0.3) - math.sin(0.3)) * 4 / 16 - 1e-14
