@@ -129,7 +129,7 @@ def test_erasing_stops_where_the_retain_set_would_pay():
     erased, _, after = solved(problem, [0, 4], erase=True)
     assert "cost the retain set at most a point" in erased.certificate.why
     assert erased.certificate.angle >= mild.certificate.angle
-    assert erased.certificate.predicted["probe AUC"] > 0.58
+    assert erased.certificate.predicted["probe AUC"] > 0.62
     assert after[0] > mild_after[0] - 2
 
 
