@@ -14,15 +14,15 @@ PYBIND11_MODULE(_native, module) {
     module.def(
         "moments_update",
         [](uintptr_t x, int dtype, int64_t n, int64_t d, int64_t row_stride, int64_t col_stride, uintptr_t group,
-           uintptr_t shift, uintptr_t total, const std::vector<uintptr_t>& scatter, int threads) {
+           uintptr_t count, uintptr_t mean, const std::vector<uintptr_t>& scatter, int threads) {
             std::vector<double*> matrices;
             matrices.reserve(scatter.size());
             for (const uintptr_t address : scatter) matrices.push_back(reinterpret_cast<double*>(address));
             const loft_fast::Rows rows{reinterpret_cast<const void*>(x), static_cast<loft_fast::DType>(dtype), n, d,
                                        row_stride, col_stride};
             loft_fast::moments_update(rows, reinterpret_cast<const int64_t*>(group),
-                                      reinterpret_cast<const double*>(shift), reinterpret_cast<double*>(total),
-                                      matrices, threads);
+                                      reinterpret_cast<int64_t*>(count), reinterpret_cast<double*>(mean), matrices,
+                                      threads);
         },
         py::call_guard<py::gil_scoped_release>());
 }

@@ -1,7 +1,9 @@
 #include "moments_update.h"
 
 #include <algorithm>
-#include <functional>
+#include <cmath>
+#include <memory>
+#include <new>
 #include <system_error>
 #include <thread>
 #include <type_traits>
@@ -13,18 +15,20 @@ namespace {
 
 #if defined(__GNUC__)
 #define LOFT_INLINE inline __attribute__((always_inline))
+#define LOFT_PREFETCH(address) __builtin_prefetch(address, 1)
 #else
 #define LOFT_INLINE inline
+#define LOFT_PREFETCH(address)
 #endif
 #if defined(__GNUC__) && defined(__x86_64__)
 #define LOFT_X86 1
 #endif
 
-constexpr int64_t kBlock = 512;   // rows multiplied before their sum goes to float64: float32 sums stay short
-constexpr int kPanel = 16;        // columns packed together; a tile is kPanel x kPanel
+constexpr int64_t kChain = 256;      // rows added up in one register: a panel of them fits the first cache
+constexpr int64_t kBlock = 512;      // rows packed, and merged into the float64 state, at a time
 constexpr int64_t kSmall = 1 << 21;  // multiply-adds below which a thread costs more than it brings
 
-// `Bytes` of one panel row as a vector register, so that no optimiser has to find the parallelism.
+// `Bytes` as a vector register, so that no optimiser has to find the parallelism.
 #if defined(__GNUC__)
 template <typename T, int Bytes>
 struct VectorOf {
@@ -37,128 +41,237 @@ template <typename T, int Bytes>
 using Vector = T;
 #endif
 
-// acc[i][j] = sum over rows r of left[r][i] * right[r][j]; both panels are (rows, kPanel), zero-padded.
-// `Height` rows of the tile are kept in registers at a time.
-template <typename T, int Bytes, int Height>
-LOFT_INLINE void multiply(const T* left, const T* right, int64_t rows, T* acc) {
-    using V = Vector<T, Bytes>;
-    constexpr int kLanes = sizeof(V) / sizeof(T), kParts = kPanel / kLanes;
-    for (int top = 0; top < kPanel; top += Height) {
-        V sum[Height][kParts] = {};
-        for (int64_t r = 0; r < rows; ++r) {
-            const T* a = left + r * kPanel + top;
-            const V* b = reinterpret_cast<const V*>(right + r * kPanel);
-            for (int i = 0; i < Height; ++i)
-                for (int p = 0; p < kParts; ++p) sum[i][p] += a[i] * b[p];
-        }
-        for (int i = 0; i < Height; ++i)
-            for (int p = 0; p < kParts; ++p) reinterpret_cast<V*>(acc + (top + i) * kPanel)[p] = sum[i][p];
-    }
-}
+// The shape of the innermost product for a vector width: `height` x 3 vectors of sums, 3 of one operand and one of the
+// other fill the 16 registers (32 with AVX-512), and hide the latency of the multiply-adds.
+template <typename T, int Bytes>
+struct Shape {
+    static constexpr int lanes = sizeof(Vector<T, Bytes>) / sizeof(T);
+    static constexpr int width = 3 * lanes;  // columns of a panel; a tile is width x width
+    static constexpr int height = lanes <= 2 ? 3 : Bytes == 64 ? 8 : 4;
+    static_assert(width % height == 0);
+};
 
+// Memory for vectors: a load of a whole one never straddles two cache lines.
 template <typename T>
-using Multiply = void (*)(const T*, const T*, int64_t, T*);
-
-// Heights: as many sums as leave a few of the 16 (AVX-512: 32) registers free for the operands.
-template <typename T>
-void multiply_portable(const T* left, const T* right, int64_t rows, T* acc) {
-    multiply<T, 16, sizeof(T) == 4 ? 2 : 1>(left, right, rows, acc);
-}
-#if LOFT_X86
-template <typename T>
-__attribute__((target("avx2,fma"))) void multiply_avx2(const T* left, const T* right, int64_t rows, T* acc) {
-    multiply<T, 32, sizeof(T) == 4 ? 4 : 2>(left, right, rows, acc);
-}
-template <typename T>
-__attribute__((target("avx512f,avx512vl,prefer-vector-width=512"))) void multiply_avx512(const T* left, const T* right,
-                                                                                       int64_t rows, T* acc) {
-    multiply<T, 64, sizeof(T) == 4 ? 16 : 8>(left, right, rows, acc);
-}
-#endif
-
-template <typename T>
-Multiply<T> pick_multiply() {
-#if LOFT_X86
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl")) return multiply_avx512<T>;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return multiply_avx2<T>;
-#endif
-    return multiply_portable<T>;
-}
-
-// One worker's share of one group: all rows, but only the tile rows first, first + step, ... of the upper triangle.
-// Every worker packs the rows for itself: that is n d work beside n d^2, and saves all waiting for each other.
-template <typename In, typename T>
-class Worker {
+class Aligned {
   public:
-    Worker(const Rows& x, int first, int step)
-        : x_(x), first_(first), step_(step), panels_((x.d + kPanel - 1) / kPanel), packed_(panels_ * kPanel * kBlock) {}
-
-    void run(const int64_t* order, int64_t n, const double* shift, double* total, double* scatter) {
-        static const Multiply<T> multiply_tile = pick_multiply<T>();
-        for (int64_t start = 0; start < n; start += kBlock) {
-            const int64_t rows = std::min(kBlock, n - start);
-            pack(order, start, rows, shift, first_ == 0 ? total : nullptr);
-            for (int64_t p = first_; p < panels_; p += step_)
-                for (int64_t q = p; q < panels_; ++q) {
-                    T acc[kPanel * kPanel];
-                    multiply_tile(panel(p), panel(q), rows, acc);
-                    add(p, q, acc, scatter);
-                }
-        }
-    }
+    explicit Aligned(int64_t size)
+        : data_(static_cast<T*>(::operator new(static_cast<size_t>(size) * sizeof(T), std::align_val_t(64)))) {}
+    T* get() const { return data_.get(); }
 
   private:
-    T* panel(int64_t p) { return packed_.data() + p * kPanel * kBlock; }
+    struct Free {
+        void operator()(T* data) const { ::operator delete(data, std::align_val_t(64)); }
+    };
+    std::unique_ptr<T[], Free> data_;
+};
 
-    void pack(const int64_t* order, int64_t start, int64_t rows, const double* shift, double* total) {
-        const In* data = static_cast<const In*>(x_.data);
-        for (int64_t r = 0; r < rows; ++r) {
-            const In* row = data + x_.row_stride * (order ? order[start + r] : start + r);
-            for (int64_t p = 0; p < panels_; ++p) {
-                T* out = panel(p) + r * kPanel;
-                const int64_t left = p * kPanel, width = std::min<int64_t>(kPanel, x_.d - left);
-                for (int64_t j = 0; j < width; ++j) {
-                    const double value = value_of(row[(left + j) * x_.col_stride]) - shift[left + j];
-                    out[j] = static_cast<T>(value);
-                    if (total) total[left + j] += value;
+// acc[i][j] = sum over rows r of left[r][i] * right[r][j]. right: a panel, (rows, width). left: another one, cut into
+// slivers of `height` columns, (rows, height) each.
+template <typename T, int Bytes>
+LOFT_INLINE void multiply(const T* left, const T* right, int64_t rows, T* acc) {
+    using V = Vector<T, Bytes>;
+    constexpr int kWidth = Shape<T, Bytes>::width, kHeight = Shape<T, Bytes>::height;
+    for (int64_t start = 0; start < rows; start += kChain) {
+        const int64_t chain = std::min(kChain, rows - start);
+        for (int top = 0; top < kWidth; top += kHeight) {
+            const T* a = left + top * rows + start * kHeight;
+            const T* b = right + start * kWidth;
+            V sum[kHeight][3] = {};
+            for (int64_t r = 0; r < chain; ++r, a += kHeight, b += kWidth)
+                for (int i = 0; i < kHeight; ++i)
+                    for (int v = 0; v < 3; ++v) sum[i][v] += a[i] * reinterpret_cast<const V*>(b)[v];
+            for (int i = 0; i < kHeight; ++i) {
+                V* out = reinterpret_cast<V*>(acc + (top + i) * kWidth);
+                for (int v = 0; v < 3; ++v) out[v] = start ? out[v] + sum[i][v] : sum[i][v];
+            }
+        }
+    }
+}
+
+struct Job {
+    const Rows& x;
+    const int64_t *begin, *order;  // group g has the rows begin[g] .. begin[g + 1] of `order`; null: as they come
+    const int64_t* count;
+    const double* mean;
+    const std::vector<double*>& scatter;
+    int workers;
+};
+
+template <typename In>
+LOFT_INLINE auto value_of(In value) {
+    if constexpr (std::is_same_v<In, Float16> || std::is_same_v<In, BFloat16>)
+        return static_cast<float>(value);
+    else
+        return value;
+}
+
+// One worker's share: all rows, but only the tile rows first, first + workers, ... of the upper triangle. Every worker
+// reads and packs the rows for itself: that is n d work beside n d^2, and saves all waiting for each other.
+template <typename In, typename T, int Bytes>
+class Worker {
+    static constexpr int kWidth = Shape<T, Bytes>::width, kHeight = Shape<T, Bytes>::height;
+
+  public:
+    Worker(const Job& job, int first)
+        : job_(job),
+          first_(first),
+          d_(job.x.d),
+          panels_((d_ + kWidth - 1) / kWidth),
+          block_(std::min(kBlock, job.x.n)),
+          packed_(panels_ * kWidth * block_),
+          slivers_(kWidth * block_),
+          center_(d_),
+          rows_(block_),
+          origin_(d_),
+          mean_(d_),
+          sum_(d_),
+          within_(d_),
+          between_(d_) {}
+
+    // Merge everything into the scatters; the counts and means that come of it go to `counts` and `means`.
+    LOFT_INLINE void run(int64_t* counts, double* means) {
+        const auto groups = static_cast<int64_t>(job_.scatter.size());
+        for (int64_t g = 0; g < groups; ++g) {
+            const int64_t end = job_.begin[g + 1];
+            if (job_.begin[g] == end) continue;
+            count_ = job_.count[g];
+            locate(job_.begin[g], 1);
+            for (int64_t j = 0; j < d_; ++j) {
+                origin_[j] = value_of(rows_[0][j * job_.x.col_stride]);
+                mean_[j] = count_ ? job_.mean[g * d_ + j] - origin_[j] : 0.0;
+            }
+            for (int64_t start = job_.begin[g]; start < end; start += kBlock) {
+                locate(start, std::min(kBlock, end - start));
+                center();
+                pack();
+                for (int64_t p = first_; p < panels_; p += job_.workers) {
+                    cut(p);
+                    for (int64_t q = p; q < panels_; ++q) add_tile(p, q, job_.scatter[g], start + kBlock >= end);
                 }
-                for (int64_t j = width; j < kPanel; ++j) out[j] = T(0);
+            }
+            if (first_ == 0) {
+                counts[g] = count_;
+                for (int64_t j = 0; j < d_; ++j) means[g * d_ + j] = origin_[j] + mean_[j];
             }
         }
     }
 
-    static double value_of(In value) {
-        if constexpr (std::is_same_v<In, Float16> || std::is_same_v<In, BFloat16>)
-            return static_cast<float>(value);
-        else
-            return value;
+  private:
+    LOFT_INLINE void locate(int64_t start, int64_t n) {
+        n_ = n;
+        for (int64_t r = 0; r < n; ++r)
+            rows_[r] = static_cast<const In*>(job_.x.data) +
+                       job_.x.row_stride * (job_.order ? job_.order[start + r] : start + r);
     }
 
-    void add(int64_t p, int64_t q, const T* acc, double* scatter) const {
-        const int64_t d = x_.d, height = std::min<int64_t>(kPanel, d - p * kPanel),
-                      width = std::min<int64_t>(kPanel, d - q * kPanel);
-        for (int64_t i = 0; i < height; ++i) {
-            double* out = scatter + (p * kPanel + i) * d + q * kPanel;
-            for (int64_t j = 0; j < width; ++j) out[j] += acc[i * kPanel + j];
+    // The block's mean, which rounded as T is the reference of its products: whatever the mean, they keep their digits.
+    // The scatter about the state's mean is that about the reference less `within` plus `between`, each a vector times
+    // itself (Chan, Golub and LeVeque). Means are offsets from the first row until the end, for the same reason.
+    LOFT_INLINE void center() {
+        const int64_t step = job_.x.col_stride;
+        double* sum = sum_.data();
+        std::fill_n(sum, d_, 0.0);
+        for (int64_t r = 0; r < n_; ++r) {
+            const In* row = rows_[r];
+            if (step == 1) {
+                for (int64_t j = 0; j < d_; ++j) sum[j] += value_of(row[j]) - origin_[j];
+            } else {
+                for (int64_t j = 0; j < d_; ++j) sum[j] += value_of(row[j * step]) - origin_[j];
+            }
         }
+        const auto n = static_cast<double>(n_), before = static_cast<double>(count_), total = before + n;
+        for (int64_t j = 0; j < d_; ++j) {
+            const double mean = sum[j] / n;
+            center_[j] = static_cast<T>(origin_[j] + mean);
+            const double delta = count_ ? mean - mean_[j] : 0.0;
+            within_[j] = (mean - (center_[j] - origin_[j])) * std::sqrt(n);
+            between_[j] = delta * std::sqrt(before * n / total);
+            mean_[j] = count_ ? mean_[j] + delta * (n / total) : mean;
+        }
+        count_ += n_;
     }
 
-    const Rows& x_;
-    const int first_, step_;
-    const int64_t panels_;
-    std::vector<T> packed_;
+    LOFT_INLINE T* panel(int64_t p) { return packed_.get() + p * kWidth * block_; }
+
+    LOFT_INLINE void pack() {
+        const int64_t step = job_.x.col_stride;
+        for (int64_t r = 0; r < n_; ++r)
+            for (int64_t p = 0; p < panels_; ++p) {
+                const int64_t left = p * kWidth, width = std::min<int64_t>(kWidth, d_ - left);
+                const In* row = rows_[r] + left * step;
+                const T* center = center_.data() + left;
+                T* out = panel(p) + r * kWidth;
+                if (step == 1 && width == kWidth) {
+                    for (int j = 0; j < kWidth; ++j) out[j] = static_cast<T>(value_of(row[j])) - center[j];
+                } else {
+                    for (int64_t j = 0; j < width; ++j) out[j] = static_cast<T>(value_of(row[j * step])) - center[j];
+                    std::fill_n(out + width, kWidth - width, T(0));
+                }
+            }
+    }
+
+    LOFT_INLINE void cut(int64_t p) {
+        const T* from = panel(p);
+        T* to = slivers_.get();
+        for (int s = 0; s < kWidth; s += kHeight)
+            for (int64_t r = 0; r < n_; ++r)
+                for (int i = 0; i < kHeight; ++i) *to++ = from[r * kWidth + s + i];
+    }
+
+    LOFT_INLINE void add_tile(int64_t p, int64_t q, double* scatter, bool last) {
+        const int64_t top = p * kWidth, left = q * kWidth;
+        const int64_t height = std::min<int64_t>(kWidth, d_ - top), width = std::min<int64_t>(kWidth, d_ - left);
+        double* corner = scatter + top * d_ + left;
+        for (int64_t i = 0; i < height; ++i)
+            for (int64_t j = 0; j < width; j += 8) LOFT_PREFETCH(corner + i * d_ + j);
+        alignas(64) T acc[kWidth * kWidth];
+        multiply<T, Bytes>(slivers_.get(), panel(q), n_, acc);
+        for (int64_t i = 0; i < height; ++i)
+            for (int64_t j = 0; j < width; ++j)
+                corner[i * d_ + j] += acc[i * kWidth + j] - within_[top + i] * within_[left + j] +
+                                      between_[top + i] * between_[left + j];
+        if (!last) return;
+        double* mirror = scatter + left * d_ + top;  // on the diagonal its own upper half: that goes to the lower one
+        for (int64_t j = 0; j < width; ++j)
+            for (int64_t i = 0; i < (p == q ? j : height); ++i) mirror[j * d_ + i] = corner[i * d_ + j];
+    }
+
+    const Job& job_;
+    const int first_;
+    const int64_t d_, panels_, block_;
+    Aligned<T> packed_, slivers_;
+    std::vector<T> center_;
+    std::vector<const In*> rows_;
+    std::vector<double> origin_, mean_, sum_, within_, between_;
+    int64_t n_ = 0, count_ = 0;
 };
 
-void mirror(double* scatter, int64_t d) {
-    for (int64_t i = 1; i < d; ++i)
-        for (int64_t j = 0; j < i; ++j) scatter[i * d + j] = scatter[j * d + i];
-}
+template <typename In, typename T, int Bytes>
+using Run = void (*)(Worker<In, T, Bytes>&, int64_t*, double*);
 
-template <typename In, typename T>
-void update(const Rows& x, const int64_t* group, const double* shift, double* total, const std::vector<double*>& scatter,
-            int threads) {
+// Everything in a worker is inlined into one of these, and so compiled for its instructions.
+template <typename In, typename T, int Bytes>
+void run_portable(Worker<In, T, Bytes>& worker, int64_t* counts, double* means) {
+    worker.run(counts, means);
+}
+#if LOFT_X86
+template <typename In, typename T, int Bytes>
+__attribute__((target("avx2,fma,f16c"))) void run_avx2(Worker<In, T, Bytes>& worker, int64_t* counts, double* means) {
+    worker.run(counts, means);
+}
+template <typename In, typename T, int Bytes>
+__attribute__((target("avx512f,avx512vl,prefer-vector-width=512"))) void run_avx512(Worker<In, T, Bytes>& worker,
+                                                                                   int64_t* counts, double* means) {
+    worker.run(counts, means);
+}
+#endif
+
+template <typename In, typename T, int Bytes>
+void merge(const Rows& x, const int64_t* group, int64_t* count, double* mean, const std::vector<double*>& scatter,
+           int threads, Run<In, T, Bytes> run) {
     const auto groups = static_cast<int64_t>(scatter.size());
-    // Counting sort of the row numbers by group: begin[g] .. begin[g + 1] in `order` are the rows of g.
+    // Counting sort of the row numbers by group.
     std::vector<int64_t> begin(groups + 1, 0), order;
     if (group) {
         for (int64_t i = 0; i < x.n; ++i) ++begin[group[i] + 1];
@@ -169,42 +282,53 @@ void update(const Rows& x, const int64_t* group, const double* shift, double* to
     } else {
         begin[1] = x.n;
     }
-    const int64_t tile_rows = (x.d + kPanel - 1) / kPanel;
+    const int64_t tile_rows = (x.d + Shape<T, Bytes>::width - 1) / Shape<T, Bytes>::width;
     const int64_t useful = std::min<int64_t>(tile_rows, 1 + x.n * x.d * x.d / kSmall);
     const int workers = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, useful)));
-    std::vector<Worker<In, T>> team;  // all memory is allocated before the state is touched
+    const Job job{x, begin.data(), group ? order.data() : nullptr, count, mean, scatter, workers};
+    // All memory is allocated before the state is touched. Counts and means are written when no worker reads them.
+    std::vector<int64_t> counts(count, count + groups);
+    std::vector<double> means(mean, mean + groups * x.d);
+    std::vector<Worker<In, T, Bytes>> team;
     team.reserve(workers);
-    for (int first = 0; first < workers; ++first) team.emplace_back(x, first, workers);
-    const auto work = [&](Worker<In, T>& worker) {
-        for (int64_t g = 0; g < groups; ++g)
-            if (begin[g] < begin[g + 1])
-                worker.run(group ? order.data() + begin[g] : nullptr, begin[g + 1] - begin[g], shift + g * x.d,
-                           total + g * x.d, scatter[g]);
-    };
+    for (int first = 0; first < workers; ++first) team.emplace_back(job, first);
+    const auto work = [&](int first) { run(team[first], counts.data(), means.data()); };
     std::vector<std::thread> pool;
     pool.reserve(workers);
     for (int first = 1; first < workers; ++first) {
         try {
-            pool.emplace_back(work, std::ref(team[first]));
+            pool.emplace_back(work, first);
         } catch (const std::system_error&) {  // no more threads to be had
-            work(team[first]);
+            work(first);
         }
     }
-    work(team[0]);
+    work(0);
     for (auto& thread : pool) thread.join();
-    for (int64_t g = 0; g < groups; ++g)
-        if (begin[g] < begin[g + 1]) mirror(scatter[g], x.d);
+    std::copy(counts.begin(), counts.end(), count);
+    std::copy(means.begin(), means.end(), mean);
+}
+
+template <typename In, typename T>
+void dispatch(const Rows& x, const int64_t* group, int64_t* count, double* mean, const std::vector<double*>& scatter,
+              int threads) {
+#if LOFT_X86
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl"))
+        return merge<In, T, 64>(x, group, count, mean, scatter, threads, run_avx512<In, T, 64>);
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+        return merge<In, T, 32>(x, group, count, mean, scatter, threads, run_avx2<In, T, 32>);
+#endif
+    merge<In, T, 16>(x, group, count, mean, scatter, threads, run_portable<In, T, 16>);
 }
 
 }  // namespace
 
-void moments_update(const Rows& x, const int64_t* group, const double* shift, double* total,
+void moments_update(const Rows& x, const int64_t* group, int64_t* count, double* mean,
                     const std::vector<double*>& scatter, int threads) {
     switch (x.dtype) {
-        case DType::float64: return update<double, double>(x, group, shift, total, scatter, threads);
-        case DType::float32: return update<float, float>(x, group, shift, total, scatter, threads);
-        case DType::float16: return update<Float16, float>(x, group, shift, total, scatter, threads);
-        case DType::bfloat16: return update<BFloat16, float>(x, group, shift, total, scatter, threads);
+        case DType::float64: return dispatch<double, double>(x, group, count, mean, scatter, threads);
+        case DType::float32: return dispatch<float, float>(x, group, count, mean, scatter, threads);
+        case DType::float16: return dispatch<Float16, float>(x, group, count, mean, scatter, threads);
+        case DType::bfloat16: return dispatch<BFloat16, float>(x, group, count, mean, scatter, threads);
     }
 }
 

@@ -15,10 +15,10 @@ struct Rows {
     int64_t n, d, row_stride, col_stride;
 };
 
-// total[g] += sum of (x_i - shift[g]), scatter[g] += sum of (x_i - shift[g])(x_i - shift[g])^T over rows i of group g.
-// group: n indices below scatter.size(), or null for one group. shift, total: (groups, d). scatter: (d, d) each,
-// exactly symmetric before and after. The result does not depend on the number of threads.
-void moments_update(const Rows& x, const int64_t* group, const double* shift, double* total,
+// Merge the rows of every group g into its running count[g], mean[g] (d values) and scatter[g] (d x d, the sum of
+// (x - mean)(x - mean)^T; exactly symmetric before and after).
+// group: n indices below scatter.size(), or null for one group. The result does not depend on the number of threads.
+void moments_update(const Rows& x, const int64_t* group, int64_t* count, double* mean,
                     const std::vector<double*>& scatter, int threads);
 
 }  // namespace loft_fast

@@ -9,8 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from loft_fast.ops.reference import settle
+
 _TILE = 32  # columns a side
 _ROWS = 32  # rows multiplied at a time
+_COPIED = 4096  # rows converted to float64 at a time
 _CHUNK = 16  # multiplications summed in float32 before they go to float64
 
 
@@ -19,7 +22,7 @@ def _moments_update(
     x_ptr,
     order_ptr,
     shift_ptr,
-    total_ptr,
+    rest_ptr,
     scatter_ptr,
     n,
     d,
@@ -38,7 +41,7 @@ def _moments_update(
     shift_i = tl.load(shift_ptr + columns_i, mask=in_i, other=0.0)
     shift_j = tl.load(shift_ptr + columns_j, mask=in_j, other=0.0)
     scatter = tl.zeros((TILE, TILE), dtype=tl.float64)
-    total = tl.zeros((TILE,), dtype=tl.float64)
+    rest = tl.zeros((TILE,), dtype=tl.float64)
     for start in range(0, n, ROWS * CHUNK):
         short = tl.zeros((TILE, TILE), dtype=tl.float32)
         for step in range(CHUNK):
@@ -52,7 +55,7 @@ def _moments_update(
             # The difference in float64: a mean far from zero costs no digits.
             z_i = tl.where(mask_i, tl.load(at_i, mask=mask_i, other=0.0).to(tl.float64) - shift_i[None, :], 0.0)
             z_j = tl.where(mask_j, tl.load(at_j, mask=mask_j, other=0.0).to(tl.float64) - shift_j[None, :], 0.0)
-            total += tl.sum(z_i, axis=0)
+            rest += tl.sum(z_i, axis=0)
             short += tl.dot(tl.trans(z_i.to(tl.float32)), z_j.to(tl.float32), input_precision="ieee")
         scatter += short.to(tl.float64)
     # A tile on the diagonal is mirrored as well: its product may round (i, j) and (j, i) apart.
@@ -63,29 +66,30 @@ def _moments_update(
     tl.store(upper, result, mask=mask)
     tl.store(lower, result, mask=mask)
     if i == j:
-        old = tl.load(total_ptr + columns_i, mask=in_i, other=0.0)
-        tl.store(total_ptr + columns_i, old + total, mask=in_i)
+        tl.store(rest_ptr + columns_i, rest, mask=in_i)
 
 
-def launch(x: Tensor, shift: Tensor, total: Tensor, scatter: Sequence[Tensor], group: Tensor | None) -> None:
+def launch(x: Tensor, count: Tensor, mean: Tensor, scatter: Sequence[Tensor], group: Tensor | None) -> None:
     """As `loft_fast.ops.moments_update`; x at most 32 bits wide."""
     d = x.shape[1]
     tiles = triton.cdiv(d, _TILE)
     if group is None:
         order = torch.arange(len(x), device=x.device)
-        counts = [len(x)]
+        sizes = [len(x)]
     else:
         order = torch.argsort(group, stable=True)
-        counts = torch.bincount(group, minlength=len(scatter)).tolist()
-    shift = shift.contiguous()
+        sizes = torch.bincount(group, minlength=len(scatter)).tolist()
     start = 0
-    for g, n in enumerate(counts):
+    for g, n in enumerate(sizes):
         if n:
+            rows = order[start : start + n]
+            center = _mean(x, rows)
+            rest = torch.empty_like(center)
             _moments_update[(tiles, tiles)](
                 x,
-                order[start:],
-                shift[g],
-                total[g],
+                rows,
+                center,
+                rest,
                 scatter[g],
                 n,
                 d,
@@ -94,4 +98,9 @@ def launch(x: Tensor, shift: Tensor, total: Tensor, scatter: Sequence[Tensor], g
                 ROWS=_ROWS,
                 CHUNK=_CHUNK,
             )
+            settle(n, center, rest, count[g], mean[g], scatter[g])
         start += n
+
+
+def _mean(x: Tensor, rows: Tensor) -> Tensor:
+    return torch.stack([x[part].double().sum(0) for part in rows.split(_COPIED)]).sum(0) / len(rows)

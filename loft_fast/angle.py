@@ -174,22 +174,25 @@ class _Gaussians:
     def __init__(self, groups: GroupedMoments, weight: Tensor) -> None:
         keys = groups.keys()
         keys = keys[:: -(-len(keys) // _GROUPS)]
-        self.labels = [int(key) for key in keys]
-        self.parts = [groups[key] for key in keys]
-        self.total = sum(part.count for part in self.parts)
-        self.covariances = [part.second_moment(part.mean) for part in self.parts]
+        parts = [groups[key] for key in keys]
+        self.labels = weight.new_tensor([int(key) for key in keys], dtype=torch.int64)
+        self.shares = weight.new_tensor([part.count for part in parts])
+        self.shares /= self.shares.sum()
+        self.means = torch.stack([part.mean for part in parts]).to(weight)
+        # In float32: what is read off it is known to a tenth of a point.
+        self.covariances = torch.stack([part.second_moment(part.mean).float() for part in parts])
         # The same noise for every group and angle: differences between angles are then differences, not noise.
         shape = (max(128, _DRAWS // len(keys)), len(weight))
         self.noise = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(weight)
 
     def accuracy(self, weight: Tensor, bias: Tensor) -> float:
         """Percent of rows expected to be classified as their group by argmax(weight z + bias)."""
-        right = 0.0
-        for label, part, covariance in zip(self.labels, self.parts, self.covariances, strict=True):
-            values, vectors = torch.linalg.eigh(weight @ covariance @ weight.T)
-            logits = self.noise @ (vectors * values.clamp_min(0).sqrt()).T + (weight @ part.mean + bias)
-            right += part.count * float((logits.argmax(1) == label).double().mean())
-        return 100 * right / self.total
+        narrow = weight.float()
+        values, vectors = torch.linalg.eigh((narrow @ self.covariances @ narrow.T).to(weight))
+        spread = vectors * values.clamp_min(0).sqrt().unsqueeze(1)  # [groups, outputs, outputs]
+        logits = self.noise @ spread.mT + (self.means @ weight.T + bias).unsqueeze(1)  # [groups, draws, outputs]
+        right = (logits.argmax(2) == self.labels.unsqueeze(1)).to(weight).mean(1)
+        return 100 * float(right @ self.shares)
 
 
 def _discriminant(groups: GroupedMoments, like: Tensor) -> tuple[Tensor, Tensor]:

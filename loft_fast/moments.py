@@ -16,11 +16,10 @@ from torch import Tensor
 from loft_fast import files, ops
 from loft_fast.backends import FLOATS
 from loft_fast.errors import FileFormatError, InputError
+from loft_fast.ops.reference import square
 
 # The largest magnitudes whose squares a kernel can sum over a block without overflow, in float64 and in float32.
 _LARGEST_DOUBLE, _LARGEST_FLOAT = 1e150, 1e17
-# Rows converted to float64 at a time where only a mean is wanted: bounds the copy, not the result.
-_CHUNK = 4096
 # Relative errors of a variance (512 additions in float32: 3e-5 at worst, in the whole and again in what is removed)
 # and, after a long stream, of a mean: a removal that leaves a variance further below zero than they explain took away
 # rows that were never there.
@@ -159,7 +158,7 @@ class Moments:
             got = f"shape {tuple(about.shape)}" if isinstance(about, Tensor) else type(about).__name__
             raise InputError(f"about: got {got}, expected a tensor of shape ({self.dim},)")
         offset = self.mean - about.to(self.mean)
-        return (self.scatter / self.count).add_(_square(offset))
+        return (self.scatter / self.count).add_(square(offset))
 
     # ---- files ----
 
@@ -199,38 +198,11 @@ def accumulate(parts: list[Moments], rows: Tensor, group: Tensor | None = None) 
     if not len(rows):
         return
     _check_values(rows)
-    counts = torch.bincount(group, minlength=len(parts)) if group is not None else torch.tensor([len(rows)])
-    shift = _group_means(rows, group, counts.to(rows.device))
-    residue = torch.zeros_like(shift)
-    ops.moments_update(rows, shift, residue, [part._own_scatter() for part in parts], group)
-    for part, n, center, rest in zip(parts, counts.tolist(), shift, residue, strict=True):
-        if n == 0:
-            continue
-        # `rest` is what rounding left of sum (z - shift); with it the block's mean and scatter are exact.
-        block_mean = center + rest / n
-        scatter = part._own_scatter()
-        scatter -= _square(rest / n**0.5)
-        total = part.count + n
-        delta = block_mean - part.mean
-        scatter += _square(delta * (part.count * n / total) ** 0.5)
-        part.mean = part.mean + delta * (n / total)
-        part.count = total
-
-
-def _square(v: Tensor) -> Tensor:
-    """v v^T, exactly symmetric; addr_ is not, as it fuses the addition in some columns only."""
-    return torch.outer(v, v)
-
-
-def _group_means(rows: Tensor, group: Tensor | None, counts: Tensor) -> Tensor:
-    sums = torch.zeros(len(counts), rows.shape[1], dtype=torch.float64, device=rows.device)
-    for start in range(0, len(rows), _CHUNK):
-        chunk = rows[start : start + _CHUNK].double()
-        if group is None:
-            sums[0] += chunk.sum(0)
-        else:
-            sums.index_add_(0, group[start : start + _CHUNK], chunk)
-    return sums / counts.clamp(min=1).unsqueeze(1)
+    count = torch.tensor([part.count for part in parts], device=rows.device)
+    mean = torch.stack([part.mean for part in parts])
+    ops.moments_update(rows, count, mean, [part._own_scatter() for part in parts], group)
+    for part, total, center in zip(parts, count.tolist(), mean, strict=True):
+        part.count, part.mean = total, center.clone()
 
 
 def _check_values(rows: Tensor) -> None:
@@ -288,7 +260,7 @@ def subtract(whole: Moments, part: Moments, name: str) -> Moments:
     else:
         mean = whole.mean
         step = (theirs - mean) * part.count**0.5
-    scatter = whole.scatter - part.scatter.to(whole.device) - _square(step)
+    scatter = whole.scatter - part.scatter.to(whole.device) - square(step)
     before = whole.scatter.diagonal() + whole.count * (whole.mean - mean).square()
     mean_error = _MEAN_ERROR * whole.mean.abs() * (whole.count / max(left, 1))
     slack = _VARIANCE_ERROR * before + max(left, 1) * mean_error.square()

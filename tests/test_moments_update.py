@@ -15,9 +15,9 @@ F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat1
 DTYPES = (F64, F32, F16, BF16)
 # Triton has no float64 kernel: torch serves that request, and has its own row.
 CASES = [(b, t) for b in ("native", "triton", "torch") for t in DTYPES if (b, t) != ("triton", F64)]
-# n and d act apart. Every n: no row, one, more than one and two blocks of 512. Every d: tiles of 16 and of 32 columns,
-# one less, one more, several with a rest.
-ROWS, COLUMNS = (0, 1, 2, 513, 1025), (1, 3, 16, 17, 31, 64, 100)
+# n and d act apart. Every n: no row, one, more than a chain of 256, more than one and two blocks of 512. Every d: tiles
+# of 12, 24, 32 and 48 columns, one less, one more, several with a rest.
+ROWS, COLUMNS = (0, 1, 2, 300, 513, 1025), (1, 3, 11, 12, 23, 24, 25, 31, 48, 64, 100)
 SHAPES = [(n, 33) for n in ROWS] + [(513, d) for d in COLUMNS]
 # Triton's interpreter is slow: all columns on two blocks of its 32 rows, and in one dtype, as x is only loaded in it.
 SHAPES_OF = {"triton": [(n, 33) for n in ROWS] + [(33, d) for d in COLUMNS]}
@@ -47,74 +47,99 @@ def use(monkeypatch):
     return ask
 
 
-def expected(x, shift, group=None):
-    """The definition, one row at a time in float64. Returns NumPy arrays: totals (G, d), scatters (G, d, d)."""
-    rows, shift = x.to("cpu", F64).numpy(), shift.cpu().numpy()
-    groups, d = shift.shape
-    total, scatter = np.zeros((groups, d)), np.zeros((groups, d, d))
-    for row, g in zip(rows, [0] * len(rows) if group is None else group.tolist(), strict=True):
-        z = row - shift[g]
-        total[g] += z
-        scatter[g] += np.outer(z, z)
-    return total, scatter
+SEEN = 7  # rows of the state that an update has to merge into
+
+
+def old_rows(groups, d):
+    """(groups, SEEN, d) float64: what the state of `old_state` stands for."""
+    return normal(groups, SEEN, d, seed=5)
 
 
 def old_state(groups, d, device="cpu"):
-    """A total and symmetric scatters that are not zero: an update must add to them."""
-    total = normal(groups, d, seed=5)
-    scatter = normal(groups, d, d, seed=6)
-    return total.to(device), list((scatter + scatter.mT).to(device))
+    """Count, mean and scatters that are not zero."""
+    rows = old_rows(groups, d)
+    mean = rows.mean(1)
+    centered = rows - mean.unsqueeze(1)
+    scatter = centered.mT @ centered
+    scatter = (scatter + scatter.mT) / 2
+    return torch.full((groups,), SEEN).to(device), mean.to(device), list(scatter.to(device))
 
 
-def check(x, shift, group=None, device="cpu"):
-    """Run the op on a state that is not zero and compare with `expected`; it must stay symmetric bit for bit."""
-    n = len(x)
-    total, scatter = old_state(len(shift), x.shape[1])
-    old_total, old_scatter = total.numpy().copy(), np.stack([matrix.numpy() for matrix in scatter])
-    new_total, new_scatter = expected(x, shift, group)
-    total, scatter = total.to(device), [matrix.to(device) for matrix in scatter]
-    moments_update(x.to(device), shift.to(device), total, scatter, None if group is None else group.to(device))
-    got = np.stack([matrix.cpu().numpy() for matrix in scatter])
-    assert (got == got.transpose(0, 2, 1)).all()
-    # At worst every addition rounds the same way: n of them in float64, 512 of products of float32 numbers. An error
-    # in (i, j) is measured against the two variances, as an entry near zero has no digits of its own.
-    variance = np.diagonal(new_scatter, axis1=1, axis2=2)
-    scale = np.sqrt(variance[:, :, None] * variance[:, None, :])
-    exact = (n + 3) * torch.finfo(F64).eps
-    rounded = exact if x.dtype == F64 else (min(n, 512) + 3) * torch.finfo(F32).eps
-    assert (np.abs(got - old_scatter - new_scatter) <= rounded * scale + exact * np.abs(old_scatter).max()).all()
-    # Sums are kept in float64 whatever the dtype of x.
-    spread = np.sqrt(n * variance) + np.abs(old_total)
-    assert (np.abs(total.cpu().numpy() - old_total - new_total) <= exact * spread).all()
+def empty_state(groups, d, device="cpu"):
+    """Count, mean and scatters of no rows."""
+    zeros = [torch.zeros(d, d, dtype=F64, device=device) for _ in range(groups)]
+    return (
+        torch.zeros(groups, dtype=torch.int64, device=device),
+        torch.zeros(groups, d, dtype=F64, device=device),
+        zeros,
+    )
+
+
+def expected(rows):
+    """Mean and scatter of float64 rows by definition, in extended precision, one row at a time."""
+    rows = rows.cpu().numpy().astype(np.longdouble)
+    mean = rows.mean(0)
+    scatter = np.zeros((rows.shape[1], rows.shape[1]), dtype=np.longdouble)
+    for row in rows - mean:
+        scatter += np.outer(row, row)
+    return mean, scatter
+
+
+def check(x, groups=1, group=None, device="cpu", start=old_state):
+    """Merge into a state and compare with `expected`; it must stay symmetric bit for bit."""
+    d = x.shape[1]
+    count, mean, scatter = start(groups, d, device)
+    had = old_rows(groups, d) if start is old_state else torch.zeros(groups, 0, d, dtype=F64)
+    moments_update(x.to(device), count, mean, scatter, None if group is None else group.to(device))
+    for g in range(groups):
+        new = x if group is None else x[group == g]
+        rows = torch.cat([had[g], new.to("cpu", F64)])
+        assert int(count[g]) == len(rows)
+        got_mean, got = mean[g].cpu().numpy(), scatter[g].cpu().numpy()
+        assert (got == got.T).all()
+        if not len(rows):
+            assert not got.any()
+            assert not got_mean.any()
+            continue
+        true_mean, true = expected(rows)
+        # At worst every addition rounds the same way: n of them in float64, 512 of products of float32 numbers. An
+        # error in (i, j) is measured against the two variances, as an entry near zero has no digits of its own, and
+        # differences from a mean are no better than the last digit of the mean.
+        exact = (len(rows) + 3) * torch.finfo(F64).eps
+        rounded = exact if x.dtype == F64 else (min(len(new), 512) + 3) * torch.finfo(F32).eps
+        spread = np.sqrt(np.diagonal(true)) + torch.finfo(F64).eps * np.abs(true_mean) * len(rows)
+        assert (np.abs(got - true) <= rounded * np.outer(spread, spread)).all()
+        assert (np.abs(got_mean - true_mean) <= exact * (spread + np.abs(true_mean))).all()
 
 
 # ---- values ----
 
 
+@pytest.mark.parametrize("start", [old_state, empty_state])
 @pytest.mark.parametrize(("backend", "dtype", "n", "d"), SHAPED_CASES, ids=str)
-def test_matches_outer_products(use, backend, dtype, n, d):
-    check(normal(n, d, dtype=dtype), normal(1, d, seed=1), device=use(backend, dtype))
+def test_matches_outer_products(use, backend, dtype, n, d, start):
+    check(normal(n, d, dtype=dtype), device=use(backend, dtype), start=start)
 
 
 # Of 6 groups two are empty, one has a single row and one more than a block; the ids come in no order.
+@pytest.mark.parametrize("start", [old_state, empty_state])
 @each_backend
-def test_groups_stay_apart(use, backend, dtype):
+def test_groups_stay_apart(use, backend, dtype, start):
     order = torch.randperm(900, generator=torch.Generator().manual_seed(0))
     group = torch.tensor([5] * 600 + [0] * 199 + [3] * 100 + [1])[order]
-    check(normal(900, 17, dtype=dtype), normal(6, 17, seed=1), group, use(backend, dtype))
+    check(normal(900, 17, dtype=dtype), 6, group, use(backend, dtype), start)
 
 
 @each_backend
 def test_empty_groups_keep_their_bits(use, backend, dtype):
     device = use(backend, dtype)
-    total, scatter = old_state(3, 4, device)
-    before = total.clone(), [matrix.clone() for matrix in scatter]
+    count, mean, scatter = old_state(3, 4, device)
+    before = count.tolist(), mean.clone(), [matrix.clone() for matrix in scatter]
     group = torch.ones(20, dtype=torch.int64, device=device)
-    moments_update(
-        normal(20, 4, dtype=dtype).to(device), torch.zeros(3, 4, dtype=F64, device=device), total, scatter, group
-    )
-    assert [torch.equal(new, old) for new, old in zip(total, before[0], strict=True)] == [True, False, True]
-    assert [torch.equal(new, old) for new, old in zip(scatter, before[1], strict=True)] == [True, False, True]
+    moments_update(normal(20, 4, dtype=dtype).to(device), count, mean, scatter, group)
+    assert count.tolist() == [SEEN, SEEN + 20, SEEN]
+    assert [torch.equal(new, old) for new, old in zip(mean, before[1], strict=True)] == [True, False, True]
+    assert [torch.equal(new, old) for new, old in zip(scatter, before[2], strict=True)] == [True, False, True]
 
 
 LAYOUTS = {
@@ -132,22 +157,29 @@ LAYOUTS = {
 def test_any_strides(use, backend, dtype, layout):
     x = LAYOUTS[layout](dtype)
     assert not x.is_contiguous()
-    check(x, normal(1, 20, seed=1), device=use(backend, dtype))
+    check(x, device=use(backend, dtype))
 
 
 @each_backend
-def test_strided_shift_and_group(use, backend, dtype):
-    shift = normal(9, 4, seed=1).T
-    group = torch.arange(1200)[::2] % 4
-    check(normal(600, 9, dtype=dtype), shift, group, use(backend, dtype))
+def test_strided_group(use, backend, dtype):
+    check(normal(600, 9, dtype=dtype), 4, torch.arange(1200)[::2] % 4, use(backend, dtype))
 
 
 # The spread is that of the dtype's own rounding at that mean, or 1.
+@pytest.mark.parametrize("start", [old_state, empty_state])
 @each_backend
-def test_mean_far_from_zero_costs_no_digits(use, backend, dtype):
+def test_mean_far_from_zero_costs_no_digits(use, backend, dtype, start):
     mean = 1e6 if dtype in (F32, F64) else 1e3
-    x = normal(600, 20, mean=mean, dtype=dtype)
-    check(x, x.to(F64).mean(0, keepdim=True), device=use(backend, dtype))
+    check(normal(600, 20, mean=mean, dtype=dtype), device=use(backend, dtype), start=start)
+
+
+@each_backend
+def test_rows_unlike_the_first_ones_cost_no_digits(use, backend, dtype):
+    # Sorted data: the first block says nothing about the second.
+    far = 1e5 if dtype in (F32, F64) else 1e3
+    x = torch.cat([normal(600, 20, dtype=dtype), normal(600, 20, mean=far, seed=1, dtype=dtype)])
+    check(x, 2, torch.arange(1200) // 600, use(backend, dtype), empty_state)
+    check(x, device=use(backend, dtype), start=empty_state)
 
 
 @pytest.mark.parametrize("backend", ["native", "triton", "torch"])
@@ -164,7 +196,18 @@ def test_far_elements_of_a_large_tensor(use, backend, tmp_path):
     everything = torch.from_file(str(file), shared=True, size=2 * stride + 20, dtype=dtype)
     x = everything.as_strided((20, 3), (1, stride))
     x.copy_(normal(20, 3, dtype=dtype))
-    check(x, normal(1, 3, seed=1))
+    check(x)
+
+
+# A row by itself is its own mean: normal and subnormal numbers of either sign, all of them.
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+def test_native_reads_16_bits_as_torch_does(use, dtype):
+    use("native", dtype)
+    x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).reshape(-1, 64)
+    for row in x[torch.isfinite(x).all(1)]:
+        count, mean, scatter = empty_state(1, 64)
+        moments_update(row.unsqueeze(0), count, mean, scatter)
+        assert torch.equal(mean[0], row.to(F64))
 
 
 @each_backend
@@ -174,13 +217,13 @@ def test_bad_value_stays_in_its_row_and_column(use, backend, dtype, value):
     device = use(backend, dtype)
     x = normal(600, 20, dtype=dtype)
     x[100, 7] = value
-    total, scatter = old_state(2, 20, device)
+    count, mean, scatter = old_state(2, 20, device)
     group = torch.arange(600, device=device) % 2
-    moments_update(x.to(device), torch.zeros(2, 20, dtype=F64, device=device), total, scatter, group)
+    moments_update(x.to(device), count, mean, scatter, group)
     touched = torch.zeros(20, 20, dtype=torch.bool)
     touched[7] = touched[:, 7] = True
     assert torch.equal(~torch.isfinite(scatter[0].cpu()), touched)
-    assert torch.equal(~torch.isfinite(total.cpu()).all(0), touched.diagonal())
+    assert torch.equal(~torch.isfinite(mean.cpu()).all(0), touched.diagonal())
     assert torch.isfinite(scatter[1]).all()
 
 
@@ -191,7 +234,7 @@ def test_bad_value_stays_in_its_row_and_column(use, backend, dtype, value):
 @pytest.mark.parametrize("d", [1, 17, 31, 33])
 def test_writes_nothing_beyond_the_outputs(use, backend, dtype, d):
     device = use(backend, dtype)
-    margin = 600  # more than a tile of 16 columns, and than 32 rows of 17
+    margin = 600  # more than a tile of 24 columns, and than 32 rows of 17
 
     def inside(*shape):
         size = int(np.prod(shape))
@@ -199,9 +242,12 @@ def test_writes_nothing_beyond_the_outputs(use, backend, dtype, d):
         store[margin : margin + size] = 0.0
         return store, store[margin : margin + size].view(shape)
 
-    (total_store, total), (scatter_store, scatter) = inside(1, d), inside(d, d)
-    moments_update(normal(40, d, dtype=dtype).to(device), torch.zeros(1, d, dtype=F64, device=device), total, [scatter])
-    for store, output in ((total_store, total), (scatter_store, scatter)):
+    (mean_store, mean), (scatter_store, scatter) = inside(1, d), inside(d, d)
+    counts = torch.full((3,), -1, device=device)
+    counts[1] = 0
+    moments_update(normal(40, d, dtype=dtype).to(device), counts[1:2], mean, [scatter])
+    assert counts.tolist() == [-1, 40, -1]
+    for store, output in ((mean_store, mean), (scatter_store, scatter)):
         assert torch.isfinite(output).all()
         assert int(torch.isnan(store).sum()) == 2 * margin
 
@@ -211,20 +257,16 @@ def test_reads_nothing_beyond_x(use, backend, dtype):
     device = use(backend, dtype)
     store = torch.full((130, 60), float("nan"), dtype=dtype)
     store[50:90, 9:42] = normal(40, 33, dtype=dtype)
-    check(store.to(device)[50:90, 9:42], normal(1, 33, seed=1), device=device)
+    check(store.to(device)[50:90, 9:42], device=device)
 
 
 @each_backend
 def test_inputs_keep_their_bits(use, backend, dtype):
     device = use(backend, dtype)
-    x, shift, group = (
-        normal(60, 5, dtype=dtype).to(device),
-        normal(2, 5).to(device),
-        torch.arange(60, device=device) % 2,
-    )
-    before = x.clone(), shift.clone(), group.clone()
-    moments_update(x, shift, *old_state(2, 5, device), group)
-    assert all(torch.equal(new, old) for new, old in zip((x, shift, group), before, strict=True))
+    x, group = normal(60, 5, dtype=dtype).to(device), torch.arange(60, device=device) % 2
+    before = x.clone(), group.clone()
+    moments_update(x, *old_state(2, 5, device), group)
+    assert all(torch.equal(new, old) for new, old in zip((x, group), before, strict=True))
 
 
 # ---- threads and availability ----
@@ -234,17 +276,17 @@ def test_inputs_keep_their_bits(use, backend, dtype):
 @pytest.mark.parametrize("dtype", [F64, F32], ids=str)
 def test_native_result_does_not_depend_on_threads(use, dtype, grouped):
     use("native", dtype)
-    # 700 * 140 * 140 multiply-adds are worth 7 threads; 140 columns make 9 tile rows.
-    x, shift = normal(700, 140, dtype=dtype), normal(3 if grouped else 1, 140, seed=1)
+    # 700 * 140 * 140 multiply-adds are worth 7 threads; 140 columns make 6 or 12 tile rows.
+    x, groups = normal(700, 140, dtype=dtype), 3 if grouped else 1
     group = torch.arange(700) % 3 if grouped else None
     threads = torch.get_num_threads()
     results = []
     try:
-        for count in (1, 2, 3, 16):
-            torch.set_num_threads(count)
-            total, scatter = old_state(len(shift), 140)
-            moments_update(x, shift, total, scatter, group)
-            results.append(torch.cat([total.flatten(), *(matrix.flatten() for matrix in scatter)]))
+        for number in (1, 2, 3, 16):
+            torch.set_num_threads(number)
+            count, mean, scatter = old_state(groups, 140)
+            moments_update(x, count, mean, scatter, group)
+            results.append(torch.cat([count, mean.flatten(), *(matrix.flatten() for matrix in scatter)]))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(result, results[0]) for result in results[1:])
@@ -262,9 +304,8 @@ def test_triton_is_tested_where_it_is_installed():
 
 
 def operands(dtype=F32, groups=2):
-    total, scatter = old_state(groups, 6)
     group = torch.tensor([1, 0, 1, 1, 0]) if groups > 1 else None
-    return normal(5, 6, dtype=dtype), torch.zeros(groups, 6, dtype=F64), total, scatter, group
+    return normal(5, 6, dtype=dtype), *old_state(groups, 6), group
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -276,29 +317,33 @@ def test_opcheck(dtype, groups):
 # aot_eager traces with fake tensors, as the default backend does, and compiles nothing.
 @pytest.mark.parametrize("groups", [1, 2])
 def test_compiles_into_one_graph(groups):
-    def step(x, shift, total, scatter, group):
-        moments_update(x * 2, shift, total, scatter, group)
-        return total.sum()
+    def step(x, count, mean, scatter, group):
+        moments_update(x * 2, count, mean, scatter, group)
+        return mean.sum()
 
-    x, shift, total, scatter, group = operands(groups=groups)
-    other_total, other_scatter = total.clone(), [matrix.clone() for matrix in scatter]
-    want = step(x, shift, total, scatter, group)
-    got = torch.compile(step, fullgraph=True, backend="aot_eager")(x, shift, other_total, other_scatter, group)
+    x, *state, group = operands(groups=groups)
+    count, mean, scatter = old_state(groups, 6)
+    want = step(x, *state, group)
+    got = torch.compile(step, fullgraph=True, backend="aot_eager")(x, count, mean, scatter, group)
     assert torch.equal(got, want)
-    assert torch.equal(other_total, total)
-    assert all(torch.equal(a, b) for a, b in zip(other_scatter, scatter, strict=True))
+    assert torch.equal(count, state[0])
+    assert torch.equal(mean, state[1])
+    assert all(torch.equal(a, b) for a, b in zip(scatter, state[2], strict=True))
 
 
 def test_takes_features_that_require_grad():
-    x, shift, total, scatter, group = operands()
-    moments_update(x.requires_grad_(), shift, total, scatter, group)
-    assert not total.requires_grad
+    x, count, mean, scatter, group = operands()
+    moments_update(x.requires_grad_(), count, mean, scatter, group)
+    assert not mean.requires_grad
     assert x.grad is None
 
 
 def test_meta_tensors_pass_through():
-    x, shift, total, scatter, group = operands()
-    moments_update(x.to("meta"), shift.to("meta"), total.to("meta"), [m.to("meta") for m in scatter], group.to("meta"))
+    x, count, mean, scatter, group = (
+        value.to("meta") if isinstance(value, torch.Tensor) else [matrix.to("meta") for matrix in value]
+        for value in operands()
+    )
+    moments_update(x, count, mean, scatter, group)
 
 
 # ---- wrong arguments: name of the argument, what to put in its place ----
@@ -309,16 +354,17 @@ WRONG = {
     "x: got shape (2, 5, 6)": {"x": torch.zeros(2, 5, 6)},
     "x: got torch.int64": {"x": torch.zeros(5, 6, dtype=torch.int64)},
     "x: got torch.complex64": {"x": torch.zeros(5, 6, dtype=torch.complex64)},
-    "shift: got NoneType": {"shift": None},
-    "shift: got shape (2, 5)": {"shift": torch.zeros(2, 5, dtype=F64)},
-    "shift: got shape (6,)": {"shift": torch.zeros(6, dtype=F64)},
-    "shift: got torch.float32": {"shift": torch.zeros(2, 6)},
-    "shift: got a tensor on meta": {"shift": torch.zeros(2, 6, dtype=F64, device="meta")},
-    "total: got float": {"total": 0.0},
-    "total: got shape (3, 6)": {"total": torch.zeros(3, 6, dtype=F64)},
-    "total: got torch.float32": {"total": torch.zeros(2, 6)},
-    "total: got a tensor on meta": {"total": torch.zeros(2, 6, dtype=F64, device="meta")},
-    "total: got strides (1, 2)": {"total": torch.zeros(6, 2, dtype=F64).T},
+    "count: got int": {"count": 3},
+    "count: got shape (3,)": {"count": torch.zeros(3, dtype=torch.int64)},
+    "count: got torch.float64": {"count": torch.zeros(2, dtype=F64)},
+    "count: got a tensor on meta": {"count": torch.zeros(2, dtype=torch.int64, device="meta")},
+    "count: got strides (2,)": {"count": torch.zeros(4, dtype=torch.int64)[::2]},
+    "mean: got float": {"mean": 0.0},
+    "mean: got shape (3, 6)": {"mean": torch.zeros(3, 6, dtype=F64)},
+    "mean: got shape (6,)": {"mean": torch.zeros(6, dtype=F64)},
+    "mean: got torch.float32": {"mean": torch.zeros(2, 6)},
+    "mean: got a tensor on meta": {"mean": torch.zeros(2, 6, dtype=F64, device="meta")},
+    "mean: got strides (1, 2)": {"mean": torch.zeros(6, 2, dtype=F64).T},
     "scatter: got None": {"scatter": None},
     "scatter: got []": {"scatter": []},
     "scatter: got tensor": {"scatter": torch.zeros(2, 6, 6, dtype=F64)},
@@ -341,11 +387,12 @@ WRONG = {
 
 @pytest.mark.parametrize("message", WRONG)
 def test_wrong_argument_is_named_and_nothing_changes(message):
-    arguments = dict(zip(("x", "shift", "total", "scatter", "group"), operands(), strict=True))
-    total, scatter = arguments["total"], list(arguments["scatter"])
-    before = total.clone(), [matrix.clone() for matrix in scatter]
+    arguments = dict(zip(("x", "count", "mean", "scatter", "group"), operands(), strict=True))
+    count, mean, scatter = arguments["count"], arguments["mean"], list(arguments["scatter"])
+    before = count.clone(), mean.clone(), [matrix.clone() for matrix in scatter]
     with pytest.raises(InputError) as caught:
         moments_update(**{**arguments, **WRONG[message]})
     assert str(caught.value).startswith(message)
-    assert torch.equal(total, before[0])
-    assert all(torch.equal(new, old) for new, old in zip(scatter, before[1], strict=True))
+    assert torch.equal(count, before[0])
+    assert torch.equal(mean, before[1])
+    assert all(torch.equal(new, old) for new, old in zip(scatter, before[2], strict=True))

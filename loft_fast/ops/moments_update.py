@@ -14,34 +14,35 @@ _OP = "moments_update"
 _NATIVE_DTYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
-def moments_update(x: Tensor, shift: Tensor, total: Tensor, scatter: list[Tensor], group: Tensor | None = None) -> None:
-    """Add the sum and the scatter of rows about a shift to running float64 state, per group.
+def moments_update(x: Tensor, count: Tensor, mean: Tensor, scatter: list[Tensor], group: Tensor | None = None) -> None:
+    """Merge rows into running moments in float64, per group.
 
-    total[g] += sum (x_i - shift[g]),  scatter[g] += sum (x_i - shift[g])(x_i - shift[g])^T  over rows i of group g.
+    Afterwards count[g], mean[g] and scatter[g] = sum (x_i - mean[g])(x_i - mean[g])^T are those of all rows that
+    group g has seen (Chan, Golub and LeVeque 1979).
 
-    Every backend keeps the scatter exactly symmetric, given that it was. Rows of 32 bits or fewer may be multiplied in
-    float32 after the shift, in blocks that are added up in float64: choose the shift near the mean.
+    Every backend keeps the scatter exactly symmetric, given that it was. Rows of 32 bits or fewer are multiplied in
+    float32, as differences from a mean near them, in blocks that are added up in float64.
 
     Args:
         x: (n, d) float16, bfloat16, float32 or float64; any strides; n >= 0. NaN or Inf flow into the state.
-        shift: (G, d) float64.
-        total: (G, d) float64, accumulated in place.
-        scatter: G symmetric contiguous tensors (d, d) float64, accumulated in place.
+        count: (G,) contiguous int64, updated in place; rows seen so far, at least 0.
+        mean: (G, d) contiguous float64, updated in place; zeros while count is 0.
+        scatter: G symmetric contiguous tensors (d, d) float64, updated in place; zeros while count is 0.
         group: (n,) int64, the group of each row in [0, G), or None where G = 1.
 
     Raises:
         InputError: an argument has a wrong type, shape, dtype, device, layout or value; the state is unchanged.
     """
-    _check(x, shift, total, scatter, group)
-    torch.ops.loft_fast.moments_update(x.detach(), shift, total, list(scatter), group)
+    _check(x, count, mean, scatter, group)
+    torch.ops.loft_fast.moments_update(x.detach(), count, mean, list(scatter), group)
 
 
 @torch.library.custom_op(
     "loft_fast::moments_update",
-    mutates_args=("total", "scatter"),
-    schema="(Tensor x, Tensor shift, Tensor(a!) total, Tensor(b!)[] scatter, Tensor? group) -> ()",
+    mutates_args=("count", "mean", "scatter"),
+    schema="(Tensor x, Tensor(a!) count, Tensor(b!) mean, Tensor(c!)[] scatter, Tensor? group) -> ()",
 )
-def _op(x: Tensor, shift: Tensor, total: Tensor, scatter: list[Tensor], group: Tensor | None) -> None:
+def _op(x: Tensor, count: Tensor, mean: Tensor, scatter: list[Tensor], group: Tensor | None) -> None:
     # Values of `group` are checked here, not in the wrapper: a graph being traced has none.
     if group is not None and len(group):
         low, high = (int(bound) for bound in torch.aminmax(group))
@@ -49,57 +50,55 @@ def _op(x: Tensor, shift: Tensor, total: Tensor, scatter: list[Tensor], group: T
             raise InputError(f"group: got indices from {low} to {high}, expected 0 to {len(scatter) - 1}")
     if x.shape[0] == 0:
         return
-    backends.implementation(_OP, x.device, x.dtype)(x, shift, total, scatter, group)
+    backends.implementation(_OP, x.device, x.dtype)(x, count, mean, scatter, group)
 
 
 @_op.register_fake
-def _fake(x: Tensor, shift: Tensor, total: Tensor, scatter: list[Tensor], group: Tensor | None) -> None:
+def _fake(x: Tensor, count: Tensor, mean: Tensor, scatter: list[Tensor], group: Tensor | None) -> None:
     return None
 
 
 @backends.implements(_OP, "native", devices=("cpu",))
-def _native(x: Tensor, shift: Tensor, total: Tensor, scatter: list[Tensor], group: Tensor | None) -> None:
+def _native(x: Tensor, count: Tensor, mean: Tensor, scatter: list[Tensor], group: Tensor | None) -> None:
     group = None if group is None else group.contiguous()
-    shift = shift.contiguous()
     backends.native_module().moments_update(
         x.data_ptr(),
         _NATIVE_DTYPES[x.dtype],
         *x.shape,
         *x.stride(),
         0 if group is None else group.data_ptr(),
-        shift.data_ptr(),
-        total.data_ptr(),
+        count.data_ptr(),
+        mean.data_ptr(),
         [matrix.data_ptr() for matrix in scatter],
         torch.get_num_threads(),
     )
 
 
 @backends.implements(_OP, "triton", devices=("cuda",), dtypes=(torch.float16, torch.bfloat16, torch.float32))
-def _triton(x: Tensor, shift: Tensor, total: Tensor, scatter: list[Tensor], group: Tensor | None) -> None:
+def _triton(x: Tensor, count: Tensor, mean: Tensor, scatter: list[Tensor], group: Tensor | None) -> None:
     from loft_fast.kernels import moments_update as kernel
 
-    kernel.launch(x, shift, total, scatter, group)
+    kernel.launch(x, count, mean, scatter, group)
 
 
 backends.implements(_OP, "torch")(reference.moments_update)
 
 
-def _check(x: Tensor, shift: Tensor, total: Tensor, scatter: list[Tensor], group: Tensor | None) -> None:
+def _check(x: Tensor, count: Tensor, mean: Tensor, scatter: list[Tensor], group: Tensor | None) -> None:
     """Everything that shapes and types can tell; raises InputError."""
     _check_tensor("x", x, (None, None), backends.FLOATS, x)
     n, d = x.shape
     if not isinstance(scatter, list | tuple) or not scatter:
         raise InputError(f"scatter: got {scatter!r}, expected a list of one ({d}, {d}) tensor per group")
     groups = len(scatter)
-    _check_tensor("shift", shift, (groups, d), (torch.float64,), x)
-    _check_tensor("total", total, (groups, d), (torch.float64,), x)
-    for g, matrix in enumerate(scatter):
-        name = f"scatter[{g}]"
+    _check_tensor("count", count, (groups,), (torch.int64,), x)
+    _check_tensor("mean", mean, (groups, d), (torch.float64,), x)
+    matrices = {f"scatter[{g}]": matrix for g, matrix in enumerate(scatter)}
+    for name, matrix in matrices.items():
         _check_tensor(name, matrix, (d, d), (torch.float64,), x)
-        if not matrix.is_contiguous():
-            raise InputError(f"{name}: got strides {tuple(matrix.stride())}, expected a contiguous tensor")
-    if not total.is_contiguous():
-        raise InputError(f"total: got strides {tuple(total.stride())}, expected a contiguous tensor")
+    for name, tensor in {"count": count, "mean": mean, **matrices}.items():
+        if not tensor.is_contiguous():
+            raise InputError(f"{name}: got strides {tuple(tensor.stride())}, expected a contiguous tensor")
     if group is None:
         if groups != 1:
             raise InputError(f"group: got None with {groups} scatter matrices, expected a group index for each row")

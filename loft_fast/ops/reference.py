@@ -14,22 +14,42 @@ from torch import Tensor
 _ROWS = 4096
 
 
-def moments_update(x: Tensor, shift: Tensor, total: Tensor, scatter: list[Tensor], group: Tensor | None = None) -> None:
-    """total[g] += sum (x_i - shift[g]) and scatter[g] += sum (x_i - shift[g])(x_i - shift[g])^T over the rows of g.
+def moments_update(x: Tensor, count: Tensor, mean: Tensor, scatter: list[Tensor], group: Tensor | None = None) -> None:
+    """Merge the rows of each group g into count[g], mean[g] and scatter[g].
 
     Args:
         x: (n, d) rows, any float dtype.
-        shift: (G, d) float64.
-        total: (G, d) float64, accumulated in place.
-        scatter: G tensors (d, d) float64, accumulated in place.
+        count: (G,) int64; mean: (G, d) float64; scatter: G tensors (d, d) float64. All are updated in place.
         group: (n,) int64 in [0, G), or None where G = 1.
     """
-    for g, rows in _by_group(x, len(scatter), group):
-        centered = rows.to(torch.float64) - shift[g]  # [rows, d]
-        total[g] += centered.sum(0)
+    for g, block in _by_group(x, len(scatter), group):
+        rows = block.to(torch.float64)
+        center = rows.mean(0)
+        centered = rows - center  # [rows, d]
         product = centered.T @ centered
         # A general matrix product may round (i, j) and (j, i) apart.
         scatter[g] += product.triu() + product.triu(1).T
+        settle(len(rows), center, centered.sum(0), count[g], mean[g], scatter[g])
+
+
+def settle(n: int, center: Tensor, rest: Tensor, count: Tensor, mean: Tensor, scatter: Tensor) -> None:
+    """Finish a merge of n rows whose scatter about `center` has been added to `scatter` (Chan, Golub, LeVeque).
+
+    Args:
+        center: (d,) float64, near the mean of the rows; rest: (d,) float64, their sum about it.
+        count: () int64, mean: (d,) float64, scatter: (d, d) float64; updated in place.
+    """
+    share = n / (count.double() + n)
+    delta = (center - mean) + rest / n
+    scatter -= square(rest / n**0.5)
+    scatter += square(delta * (count * share).sqrt())
+    mean += delta * share
+    count += n
+
+
+def square(v: Tensor) -> Tensor:
+    """v v^T, exactly symmetric; addr_ is not, as it fuses the addition in some columns only."""
+    return torch.outer(v, v)
 
 
 def _by_group(x: Tensor, groups: int, group: Tensor | None) -> Iterator[tuple[int, Tensor]]:
