@@ -102,8 +102,8 @@ class _Model:
 
 def _model(retain: Tensor, forget: Tensor, rank: int, angle: float) -> _Model:
     cos, sin = math.cos(angle), math.sin(angle)
-    values, vectors = torch.linalg.eigh(cos * retain - sin * forget)
-    slope = -sin * retain - cos * forget  # K
+    values, vectors = torch.linalg.eigh((cos * retain).sub_(forget, alpha=sin))
+    slope = (-sin * retain).sub_(forget, alpha=cos)  # K
     cut = len(values) - rank
     dropped, kept = vectors[:, :cut], vectors[:, cut:]
     slope_kept = slope @ kept

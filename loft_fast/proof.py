@@ -32,20 +32,20 @@ def prove(objective: Objective, angle: float, basis: Tensor) -> Point | None:
         return None
     # Cholesky QR: for columns that are nearly orthonormal as accurate as Householder's, and products alone.
     basis = torch.linalg.solve_triangular(gram.T, basis, upper=True, left=False)
-    matrix = cos * objective.retain - sin * objective.forget
+    matrix = (cos * objective.retain).sub_(objective.forget, alpha=sin)
     image = matrix @ basis
     inner = basis.T @ image  # T
     residual = image - basis @ inner  # R, in the coordinates of the features
     values = torch.linalg.eigvalsh(inner)
     size = float(values.abs().max())
     level = float(values[0]) - len(matrix) * torch.finfo(torch.float64).eps * size  # t
-    # t - M with U lifted out of the way: positive definite only if t - C is, and its inverse bounds that of t - C.
     projector = basis @ basis.T
-    lifted = (2 * size * projector).sub_(matrix)
+    a, b = (float(torch.dot(one.flatten(), projector.flatten())) for one in (objective.retain, objective.forget))
+    # t - M with U lifted out of the way: positive definite only if t - C is, and its inverse bounds that of t - C.
+    lifted = projector.mul_(2 * size).sub_(matrix)
     lifted.diagonal().add_(level)
     factor, failed = torch.linalg.cholesky_ex(lifted)
     if failed:
         return None
     slack = torch.linalg.solve_triangular(factor, residual, upper=False).square_().sum()
-    a, b = (min(max(float((one * projector).sum()), 0.0), 1.0) for one in (objective.retain, objective.forget))
-    return Point(angle, float(inner.trace() + slack), a, b, basis)
+    return Point(angle, float(inner.trace() + slack), min(max(a, 0.0), 1.0), min(max(b, 0.0), 1.0), basis)
