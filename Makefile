@@ -7,9 +7,12 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # Threads that wait by spinning slow each other down many times over where the cores are shared, as on most CI machines.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test lint bench quality clean
+MEASURE := mkdir -p .benchmarks && $(BIN)/python -m pytest bench --benchmark-only \
+	--benchmark-json=.benchmarks/last.json --benchmark-columns=median,iqr,rounds
+
+.PHONY: help demo test lint bench bench-check quality clean
 help:            ## show this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1: /p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
 
 demo: .venv/demo ## a real network forgets a class of real digits; report in demo-out/report.html
 	$(BIN)/loft-fast demo --out demo-out
@@ -22,8 +25,13 @@ lint: .venv/dev  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/dev ## time the package against its peers
-	$(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=median,iqr,rounds
+bench: .venv/dev ## time the package against its peers; table, and files in bench/results
+	$(MEASURE)
+	$(BIN)/python -m bench.report .benchmarks/last.json --save
+
+bench-check: .venv/dev ## the same, compared with the stored ratios: fails on a regression of more than 20%
+	$(MEASURE)
+	$(BIN)/python -m bench.report .benchmarks/last.json --check
 
 quality: .venv/dev ## forgetting on real data against the rivals (about an hour)
 	$(PIP) -e '.[quality]'

@@ -1,36 +1,106 @@
-"""Streaming moments against the dense ways to a covariance. Checked before the clock starts: the float64 covariance."""
+"""Streaming moments against the dense and the streaming ways to a covariance.
+
+Checked before the clock starts: the covariance in float64, which some rivals compute and others (no centring) do not.
+"""
 
 import pytest
 import torch
+from concept_erasure import LeaceFitter
+from sklearn.decomposition import IncrementalPCA
+from welford_torch import OnlineCovariance
 
+from bench.compete import compete
 from bench.problems import features
-from loft_fast import Moments
+from loft_fast import GroupedMoments, Moments
 
 SHAPES = [(32768, 768), (8192, 2048)]
 
 
-@pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
-def rows(request):
-    """(n, d) float32."""
-    return features(*request.param, seed=0)
-
-
 def ours(x):
-    return Moments(x.shape[1]).update(x).covariance()
+    return Moments(x.shape[1]).update(x)
 
 
-def torch_cov(x):
-    return torch.cov(x.T)
+def error(got, x):
+    """Relative Frobenius error of a covariance of the rows of x."""
+    truth = torch.cov(x.double().T)
+    return float((got - truth).norm() / truth.norm())
 
 
-def gram_without_centring(x):
-    return x.T @ x
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
+def test_float32(shape, benchmark):
+    x = features(*shape, seed=0)
+    assert error(ours(x).covariance(), x) < 1e-6
+    array = x.numpy()
+    rivals = {
+        "torch.cov": lambda: torch.cov(x.T),
+        "torch X^T X, not centred": lambda: x.T @ x,
+        "numpy X^T X, not centred": lambda: array.T @ array,
+    }
+    compete(benchmark, f"float32 {shape[0]} x {shape[1]}", lambda: ours(x), rivals)
 
 
-@pytest.mark.parametrize("method", [ours, torch_cov, gram_without_centring], ids=lambda method: method.__name__)
-def test_moments(rows, method, benchmark):
-    benchmark.group = f"moments, float32 {rows.shape[0]} x {rows.shape[1]}"
-    if method is not gram_without_centring:
-        truth = torch.cov(rows.double().T)
-        assert float((method(rows) - truth).norm() / truth.norm()) < 1e-5
-    benchmark.pedantic(method, (rows,), rounds=5, warmup_rounds=1)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
+def test_bfloat16(shape, benchmark):
+    x = features(*shape, seed=0).bfloat16()
+    assert error(ours(x).covariance(), x) < 4e-6
+    rivals = {"torch bfloat16 X^T X, not centred": lambda: x.T @ x}
+    compete(benchmark, f"bfloat16 {shape[0]} x {shape[1]}", lambda: ours(x), rivals, rounds=3)
+
+
+def test_small_batches(benchmark):
+    dim, batches = 768, features(32 * 128, 768, seed=0).split(128)
+    labels = [torch.zeros(128, 1) for _ in batches]
+
+    def stream():
+        moments = Moments(dim)
+        for batch in batches:
+            moments.update(batch)
+        return moments
+
+    def leace():
+        fitter = LeaceFitter(dim, 1)
+        for batch, label in zip(batches, labels, strict=True):
+            fitter.update(batch, label)
+
+    def welford():
+        covariance = OnlineCovariance()
+        for batch in batches:
+            covariance.add_all(batch)
+
+    assert error(stream().covariance(), torch.cat(batches)) < 1e-6
+    rivals = {"LeaceFitter.update": leace, "welford-torch": welford}
+    compete(benchmark, "32 batches of 128 rows, d = 768", stream, rivals)
+
+
+def test_batches_with_principal_components(benchmark):
+    batches = features(8 * 1024, 256, seed=0).split(1024)
+
+    def stream():
+        moments = Moments(256)
+        for batch in batches:
+            moments.update(batch)
+        return torch.linalg.eigh(moments.covariance())
+
+    def pca():
+        fit = IncrementalPCA(n_components=32)
+        for batch in batches:
+            fit.partial_fit(batch.numpy())
+        return fit
+
+    exact, approximate = stream().eigenvalues[-32:].flip(0), torch.from_numpy(pca().explained_variance_)
+    assert torch.allclose(exact, approximate.double(), rtol=0.1)  # it drops what it takes for noise
+    compete(benchmark, "8 batches of 1024 rows, d = 256, eigenvectors", stream, {"scikit-learn IncrementalPCA": pca}, 5)
+
+
+def test_groups(benchmark):
+    x = features(65536, 256, seed=0)
+    group = torch.randint(0, 200, (len(x),), generator=torch.Generator().manual_seed(0))
+
+    def grouped():
+        return GroupedMoments(256).update(x, group)
+
+    def one_by_one():
+        return {g: Moments(256).update(x[group == g]) for g in range(200)}
+
+    assert error(grouped()[7].covariance(), x[group == 7]) < 1e-6
+    compete(benchmark, "65536 rows of 200 groups, d = 256", grouped, {"select, then update, by group": one_by_one}, 5)

@@ -5,33 +5,27 @@ Checked before the clock starts: a relative gap of at most 1e-6, and a loss belo
 
 import pytest
 
+from bench.compete import compete
 from bench.peers.riemannian_adam import descend
 from bench.problems import features
 from loft_fast import Moments, solve
 from loft_fast.objective import build_objective
 
-RANK = 250  # the paper's, for d = 768
 
-
-@pytest.fixture(scope="module", params=[512, 768], ids=lambda dim: f"d={dim}")
-def sets(request):
-    """Moments of a retain and a forget set."""
-    dim = request.param
-    retain, forget = (Moments(dim).update(features(3 * dim, dim, seed)) for seed in (0, 1))
-    return retain, forget
-
-
-def test_peer(sets, benchmark):
-    benchmark.group = f"solve, d = {sets[0].dim}, s = {RANK}"
+@pytest.mark.parametrize(("dim", "rank"), [(512, 250), (768, 250), (2048, 500)])
+def test_solve(dim, rank, benchmark):
+    sets = [Moments(dim).update(features(3 * dim, dim, seed)) for seed in (0, 1)]
     objective = build_objective(*sets, about="own")
-    benchmark.pedantic(descend, (objective.retain, objective.forget, RANK), rounds=3, warmup_rounds=1)
 
+    def ours():
+        return solve(*sets, rank=rank, about="own").certificate
 
-def test_ours(sets, benchmark):
-    benchmark.group = f"solve, d = {sets[0].dim}, s = {RANK}"
-    objective = build_objective(*sets, about="own")
-    certificate = solve(*sets, rank=RANK, about="own").certificate
+    def peer():
+        return descend(objective.retain, objective.forget, rank)
+
+    certificate = ours()
     assert certificate.relative_gap <= 1e-6
-    assert certificate.loss < descend(objective.retain, objective.forget, RANK).loss
+    assert certificate.loss < peer().loss
     benchmark.extra_info |= {"relative gap": certificate.relative_gap, "eigen-solves": certificate.eigen_solves}
-    benchmark.pedantic(solve, sets, {"rank": RANK, "about": "own"}, rounds=9, warmup_rounds=1)
+    rounds = 9 if dim < 1024 else 2
+    compete(benchmark, f"d = {dim}, s = {rank}", ours, {"Riemannian Adam, 50 steps": peer}, rounds)

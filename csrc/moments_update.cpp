@@ -106,8 +106,8 @@ LOFT_INLINE auto value_of(In value) {
         return value;
 }
 
-// One worker's share: all rows, but only the tile rows first, first + workers, ... of the upper triangle. Every worker
-// reads and packs the rows for itself: that is n d work beside n d^2, and saves all waiting for each other.
+// One worker's share: all rows, but only some of the tile rows of the upper triangle. Every worker reads and packs the
+// rows for itself: that is n d work beside n d^2, and saves all waiting for each other.
 template <typename In, typename T, int Bytes>
 class Worker {
     static constexpr int kWidth = Shape<T, Bytes>::width, kHeight = Shape<T, Bytes>::height;
@@ -145,7 +145,8 @@ class Worker {
                 locate(start, std::min(kBlock, end - start));
                 center();
                 pack();
-                for (int64_t p = first_; p < panels_; p += job_.workers) {
+                for (int64_t p = 0; p < panels_; ++p) {
+                    if (!mine(p)) continue;
                     cut(p);
                     for (int64_t q = p; q < panels_; ++q) add_tile(p, q, job_.scatter[g], start + kBlock >= end);
                 }
@@ -158,6 +159,12 @@ class Worker {
     }
 
   private:
+    // Dealt to and fro: a tile row is shorter than the one above it, and everyone is to have as much.
+    bool mine(int64_t p) const {
+        const int64_t turn = p % (2 * job_.workers);
+        return first_ == std::min(turn, 2 * job_.workers - 1 - turn);
+    }
+
     LOFT_INLINE void locate(int64_t start, int64_t n) {
         n_ = n;
         for (int64_t r = 0; r < n; ++r)
