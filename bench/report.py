@@ -73,11 +73,17 @@ def plot(ratios: Ratios, suite: str, path: Path) -> None:
     rows = [(f"{case.removeprefix(suite + ': ')}\n{rival}", ratio) for case, rivals in ratios.items()
             for rival, ratio in rivals.items() if case.startswith(suite + ": ")]  # fmt: skip
     figure, axes = plt.subplots(figsize=(8, 0.9 + 0.62 * len(rows)), layout="constrained")
-    bars = axes.barh([name for name, _ in rows], [ratio for _, ratio in rows], color="#7a8fa6")
-    axes.bar_label(bars, fmt="%.1f", padding=4)
-    axes.axvline(1, color="#d95f02", linewidth=1.5)
+    for place, (_, ratio) in enumerate(rows):
+        axes.barh(place, ratio - 1, left=1, color="#7a8fa6" if ratio >= 1 else "#d95f02")
+        side = 4 if ratio >= 1 else -4
+        align = "left" if ratio >= 1 else "right"
+        axes.annotate(f"{ratio:.3g}", (ratio, place), (side, 0), textcoords="offset points", ha=align, va="center")
+    axes.axvline(1, color="#222222", linewidth=1)
+    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
     axes.set(xscale="log", xlabel="time taken, as a multiple of ours", title=f"bench_{suite}")
-    axes.margins(x=0.12)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
+    axes.margins(x=0.15)
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
@@ -106,8 +112,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 1 if found else 0
     if options.save:
         options.results.mkdir(parents=True, exist_ok=True)
-        record = {"machine": platform.platform(terse=True), "python": platform.python_version(), **_versions()}
-        path.write_text(json.dumps({**record, "ratios": ratios}, indent=1) + "\n")
+        short = {case: {rival: round(ratio, 2) for rival, ratio in rivals.items()} for case, rivals in ratios.items()}
+        path.write_text(json.dumps({**_versions(), "ratios": short}, indent=1) + "\n")
         for suite in dict.fromkeys(case.split(": ")[0] for case in ratios):
             plot(ratios, suite, options.results / f"{name}-{suite}.png")
     return 0
@@ -117,7 +123,7 @@ def _versions() -> dict[str, str]:
     import numpy
     import torch
 
-    return {"torch": torch.__version__, "numpy": numpy.__version__}
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__}
 
 
 if __name__ == "__main__":
