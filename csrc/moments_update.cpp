@@ -1,6 +1,7 @@
 #include "moments_update.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <memory>
 #include <new>
@@ -96,6 +97,9 @@ struct Job {
     const double* mean;
     const std::vector<double*>& scatter;
     int workers;
+    // Where there are many groups of like size, a worker takes the next one and does it alone. Null: every worker does
+    // its share of every group.
+    std::atomic<int64_t>* next;
 };
 
 template <typename In>
@@ -132,7 +136,8 @@ class Worker {
     // Merge everything into the scatters; the counts and means that come of it go to `counts` and `means`.
     LOFT_INLINE void run(int64_t* counts, double* means) {
         const auto groups = static_cast<int64_t>(job_.scatter.size());
-        for (int64_t g = 0; g < groups; ++g) {
+        const auto following = [&](int64_t g) { return job_.next ? job_.next->fetch_add(1) : g + 1; };
+        for (int64_t g = following(-1); g < groups; g = following(g)) {
             const int64_t end = job_.begin[g + 1];
             if (job_.begin[g] == end) continue;
             count_ = job_.count[g];
@@ -151,7 +156,7 @@ class Worker {
                     for (int64_t q = p; q < panels_; ++q) add_tile(p, q, job_.scatter[g], start + kBlock >= end);
                 }
             }
-            if (first_ == 0) {
+            if (first_ == 0 || job_.next) {
                 counts[g] = count_;
                 for (int64_t j = 0; j < d_; ++j) means[g * d_ + j] = origin_[j] + mean_[j];
             }
@@ -161,6 +166,7 @@ class Worker {
   private:
     // Dealt to and fro: a tile row is shorter than the one above it, and everyone is to have as much.
     bool mine(int64_t p) const {
+        if (job_.next) return true;
         const int64_t turn = p % (2 * job_.workers);
         return first_ == std::min(turn, 2 * job_.workers - 1 - turn);
     }
@@ -289,10 +295,16 @@ void merge(const Rows& x, const int64_t* group, int64_t* count, double* mean, co
     } else {
         begin[1] = x.n;
     }
+    int64_t largest = 0;
+    for (int64_t g = 0; g < groups; ++g) largest = std::max(largest, begin[g + 1] - begin[g]);
     const int64_t tile_rows = (x.d + Shape<T, Bytes>::width - 1) / Shape<T, Bytes>::width;
-    const int64_t useful = std::min<int64_t>(tile_rows, 1 + x.n * x.d * x.d / kSmall);
-    const int workers = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, useful)));
-    const Job job{x, begin.data(), group ? order.data() : nullptr, count, mean, scatter, workers};
+    const int64_t affordable = std::min<int64_t>(threads, 1 + x.n * x.d * x.d / kSmall);
+    const bool by_group = largest * affordable * 2 <= x.n;
+    const int workers =
+        static_cast<int>(std::max<int64_t>(1, by_group ? affordable : std::min(affordable, tile_rows)));
+    std::atomic<int64_t> next{0};
+    const Job job{x, begin.data(), group ? order.data() : nullptr, count, mean, scatter, workers,
+                  by_group ? &next : nullptr};
     // All memory is allocated before the state is touched. Counts and means are written when no worker reads them.
     std::vector<int64_t> counts(count, count + groups);
     std::vector<double> means(mean, mean + groups * x.d);

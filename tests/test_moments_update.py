@@ -272,13 +272,14 @@ def test_inputs_keep_their_bits(use, backend, dtype):
 # ---- threads and availability ----
 
 
-@pytest.mark.parametrize("grouped", [False, True])
+# One group, few, and so many that every thread has groups of its own.
+@pytest.mark.parametrize("groups", [1, 3, 60])
 @pytest.mark.parametrize("dtype", [F64, F32], ids=str)
-def test_native_result_does_not_depend_on_threads(use, dtype, grouped):
+def test_native_result_does_not_depend_on_threads(use, dtype, groups):
     use("native", dtype)
     # 700 * 140 * 140 multiply-adds are worth 7 threads; 140 columns make 6 or 12 tile rows.
-    x, groups = normal(700, 140, dtype=dtype), 3 if grouped else 1
-    group = torch.arange(700) % 3 if grouped else None
+    x = normal(700, 140, dtype=dtype)
+    group = torch.arange(700) % groups if groups > 1 else None
     threads = torch.get_num_threads()
     results = []
     try:
