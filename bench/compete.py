@@ -5,7 +5,8 @@ from statistics import median
 from time import perf_counter, sleep
 from typing import Any
 
-_PAUSE = 0.1  # seconds: thread pools go on spinning for a while after their work, at the cost of whoever comes next
+# Seconds before every call, ours and theirs: thread pools go on spinning after their work, to the cost of the next one.
+_PAUSE = 0.1
 
 
 def compete(benchmark: Any, case: str, ours: Callable[[], Any], rivals: dict[str, Callable[[], Any]], rounds: int = 7):
@@ -18,10 +19,11 @@ def compete(benchmark: Any, case: str, ours: Callable[[], Any], rivals: dict[str
 
     def run_rivals() -> None:
         for name, rival in rivals.items():
+            sleep(_PAUSE)
             start = perf_counter()
             rival()
             seconds[name].append(perf_counter() - start)
-            sleep(_PAUSE)
+        sleep(_PAUSE)
 
     benchmark.pedantic(ours, setup=run_rivals, rounds=rounds, warmup_rounds=1)
     benchmark.extra_info["case"] = case

@@ -23,7 +23,7 @@ from loft_fast.proof import prove
 _SMALLEST = 128  # below this dimension a float64 solve costs as little as a guess
 _THINNINGS = (8, 4, 2)  # every second feature makes a problem that costs an eighth and has its optimum nearby
 _FAR = 0.4  # radians; no model is trusted further than that
-_NEAR = 0.1  # radians; a longer step is followed by another, since its error grows with the third power
+_NEAR = 0.1  # radians; a longer step is followed by another, since its error grows with the square
 _PROVABLE = 0.03  # radians; the subspace is of first order only, beyond this a proof of 1e-6 is out of its reach
 _STILL = 1e-4  # radians; another step would not get closer in float32
 _MAX_STEPS = 3
