@@ -1,32 +1,41 @@
 #include "moments_update.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
-#include <memory>
-#include <new>
-#include <system_error>
+#include <deque>
 #include <thread>
 #include <type_traits>
 
+#include "aligned.h"
 #include "half.h"
+#include "parallel.h"
 
 namespace loft_fast {
 namespace {
 
 #if defined(__GNUC__)
 #define LOFT_INLINE inline __attribute__((always_inline))
-#define LOFT_PREFETCH(address) __builtin_prefetch(address, 1)
+#define LOFT_LAMBDA __attribute__((always_inline))
+#define LOFT_PREFETCH(address, write) __builtin_prefetch(address, write)
 #else
 #define LOFT_INLINE inline
-#define LOFT_PREFETCH(address)
+#define LOFT_LAMBDA
+#define LOFT_PREFETCH(address, write)
 #endif
 #if defined(__GNUC__) && defined(__x86_64__)
 #define LOFT_X86 1
 #endif
 
 constexpr int64_t kChain = 256;      // rows added up in one register: a panel of them fits the first cache
-constexpr int64_t kBlock = 512;      // rows packed, and merged into the float64 state, at a time
+constexpr int64_t kBlock = 512;      // rows merged into the float64 state at a time
+constexpr int64_t kChunk = 64;       // rows packed in a step
+constexpr int64_t kSample = 8;       // every so many rows, one goes into a block's reference
+constexpr int64_t kAhead = 4;        // rows that are fetched while one is packed
+constexpr int64_t kWide = 8;         // panels sampled in a step
+constexpr int64_t kApart = 320;      // bytes between panels: without, the same rows of all would share a few cache sets
+constexpr int kSpins = 1000;         // tries before a waiting thread gives way to others
 constexpr int64_t kSmall = 1 << 21;  // multiply-adds below which a thread costs more than it brings
 
 // `Bytes` as a vector register, so that no optimiser has to find the parallelism.
@@ -52,21 +61,6 @@ struct Shape {
     static_assert(width % height == 0);
 };
 
-// Memory for vectors: a load of a whole one never straddles two cache lines.
-template <typename T>
-class Aligned {
-  public:
-    explicit Aligned(int64_t size)
-        : data_(static_cast<T*>(::operator new(static_cast<size_t>(size) * sizeof(T), std::align_val_t(64)))) {}
-    T* get() const { return data_.get(); }
-
-  private:
-    struct Free {
-        void operator()(T* data) const { ::operator delete(data, std::align_val_t(64)); }
-    };
-    std::unique_ptr<T[], Free> data_;
-};
-
 // acc[i][j] = sum over rows r of left[r][i] * right[r][j]. right: a panel, (rows, width). left: another one, cut into
 // slivers of `height` columns, (rows, height) each.
 template <typename T, int Bytes>
@@ -90,18 +84,6 @@ LOFT_INLINE void multiply(const T* left, const T* right, int64_t rows, T* acc) {
     }
 }
 
-struct Job {
-    const Rows& x;
-    const int64_t *begin, *order;  // group g has the rows begin[g] .. begin[g + 1] of `order`; null: as they come
-    const int64_t* count;
-    const double* mean;
-    const std::vector<double*>& scatter;
-    int workers;
-    // Where there are many groups of like size, a worker takes the next one and does it alone. Null: every worker does
-    // its share of every group.
-    std::atomic<int64_t>* next;
-};
-
 template <typename In>
 LOFT_INLINE auto value_of(In value) {
     if constexpr (std::is_same_v<In, Float16> || std::is_same_v<In, BFloat16>)
@@ -110,179 +92,256 @@ LOFT_INLINE auto value_of(In value) {
         return value;
 }
 
-// One worker's share: all rows, but only some of the tile rows of the upper triangle. Every worker reads and packs the
-// rows for itself: that is n d work beside n d^2, and saves all waiting for each other.
+// Rows start .. start + n of a group, which has seen `before` rows so far.
+struct Block {
+    int64_t group, start, n, before;
+    bool first, last;  // of its group in this call
+};
+
+// Tiles of the scatter's upper triangle: panel `panel` by panels [left, right).
+struct Tiles {
+    int64_t panel, left, right;
+};
+
+struct State {
+    double* mean;
+    const std::vector<double*>& scatter;
+};
+
+// Blocks of rows on their way into the scatters, by a team of threads. A stage is a list of steps: sample a block, pack
+// the one before it, multiply the one before that. Every member takes the next step, and waits only where a stage begins
+// until all of the last one is done.
 template <typename In, typename T, int Bytes>
-class Worker {
+class Stream {
     static constexpr int kWidth = Shape<T, Bytes>::width, kHeight = Shape<T, Bytes>::height;
 
   public:
-    Worker(const Job& job, int first)
-        : job_(job),
-          first_(first),
-          d_(job.x.d),
-          panels_((d_ + kWidth - 1) / kWidth),
-          block_(std::min(kBlock, job.x.n)),
-          packed_(panels_ * kWidth * block_),
-          slivers_(kWidth * block_),
-          center_(d_),
-          rows_(block_),
-          origin_(d_),
-          mean_(d_),
-          sum_(d_),
-          within_(d_),
-          between_(d_) {}
+    // What one member needs for itself.
+    struct Scratch {
+        explicit Scratch(int64_t rows) : slivers(kWidth * rows) {}
+        Aligned<T> slivers;
+    };
 
-    // Merge everything into the scatters; the counts and means that come of it go to `counts` and `means`.
-    LOFT_INLINE void run(int64_t* counts, double* means) {
-        const auto groups = static_cast<int64_t>(job_.scatter.size());
-        const auto following = [&](int64_t g) { return job_.next ? job_.next->fetch_add(1) : g + 1; };
-        for (int64_t g = following(-1); g < groups; g = following(g)) {
-            const int64_t end = job_.begin[g + 1];
-            if (job_.begin[g] == end) continue;
-            count_ = job_.count[g];
-            locate(job_.begin[g], 1);
-            for (int64_t j = 0; j < d_; ++j) {
-                origin_[j] = value_of(rows_[0][j * job_.x.col_stride]);
-                mean_[j] = count_ ? job_.mean[g * d_ + j] - origin_[j] : 0.0;
-            }
-            for (int64_t start = job_.begin[g]; start < end; start += kBlock) {
-                locate(start, std::min(kBlock, end - start));
-                center();
-                pack();
-                for (int64_t p = 0; p < panels_; ++p) {
-                    if (!mine(p)) continue;
-                    cut(p);
-                    for (int64_t q = p; q < panels_; ++q) add_tile(p, q, job_.scatter[g], start + kBlock >= end);
-                }
-            }
-            if (first_ == 0 || job_.next) {
-                counts[g] = count_;
-                for (int64_t j = 0; j < d_; ++j) means[g * d_ + j] = origin_[j] + mean_[j];
-            }
+    Stream(const Rows& x, const int64_t* order, State state, int64_t rows, int members)
+        : x_(x),
+          order_(order),
+          state_(state),
+          d_(x.d),
+          panels_((d_ + kWidth - 1) / kWidth),
+          stride_(kWidth * rows + kApart / static_cast<int64_t>(sizeof(T))),
+          samples_((panels_ + kWide - 1) / kWide),
+          chunks_((rows + kChunk - 1) / kChunk),
+          slots_{Slot(panels_ * stride_), Slot(panels_ * stride_)},
+          sums_(chunks_ * panels_ * kWidth),
+          origin_(d_),
+          mean_(d_) {
+        // Long runs of tiles cut a panel less often, but there must be some for everyone.
+        const int64_t length = 1 + panels_ / (1 + members / 8);
+        for (int64_t panel = 0; panel < panels_; ++panel)
+            for (int64_t left = panel; left < panels_; left += length)
+                tiles_.push_back({panel, left, std::min(panels_, left + length)});
+        for (Slot& slot : slots_) {
+            slot.center.resize(panels_ * kWidth);
+            slot.within.resize(panels_ * kWidth);
+            slot.between.resize(panels_ * kWidth);
+        }
+    }
+
+    // Steps of one stage: more members than that have nothing to do.
+    int64_t steps() const { return samples_ + chunks_ + static_cast<int64_t>(tiles_.size()); }
+
+    // Get ready for these blocks.
+    void open(const Block* blocks, int64_t count) {
+        blocks_ = blocks;
+        count_ = count;
+        next_ = done_ = packed_ = 0;
+    }
+
+    // Work until nothing is left to take; every member calls it.
+    LOFT_INLINE void work(Scratch& own) {
+        const int64_t total = (count_ + 2) * steps();
+        for (int64_t id; (id = next_.fetch_add(1)) < total; done_.fetch_add(1)) {
+            const int64_t stage = id / steps(), step = id % steps();
+            for (int spins = 0; done_.load() < stage * steps(); ++spins)
+                if (spins > kSpins) std::this_thread::yield();
+            if (step < samples_)
+                sample(stage, step);
+            else if (step < samples_ + chunks_)
+                pack(stage - 1, step - samples_);
+            else
+                multiply_add(stage - 2, tiles_[step - samples_ - chunks_], own);
         }
     }
 
   private:
-    // Dealt to and fro: a tile row is shorter than the one above it, and everyone is to have as much.
-    bool mine(int64_t p) const {
-        if (job_.next) return true;
-        const int64_t turn = p % (2 * job_.workers);
-        return first_ == std::min(turn, 2 * job_.workers - 1 - turn);
+    struct Slot {
+        explicit Slot(int64_t size) : packed(size) {}
+        Aligned<T> packed;
+        std::vector<T> center;
+        std::vector<double> within, between;
+    };
+
+    bool exists(int64_t block) const { return 0 <= block && block < count_; }
+    Slot& slot_of(int64_t block) { return slots_[block % 2]; }
+    T* panel(const Slot& slot, int64_t p) const { return slot.packed.get() + p * stride_; }
+
+    LOFT_INLINE const In* row(int64_t i) const {
+        return static_cast<const In*>(x_.data) + x_.row_stride * (order_ ? order_[i] : i);
     }
 
-    LOFT_INLINE void locate(int64_t start, int64_t n) {
-        n_ = n;
-        for (int64_t r = 0; r < n; ++r)
-            rows_[r] = static_cast<const In*>(job_.x.data) +
-                       job_.x.row_stride * (job_.order ? job_.order[start + r] : start + r);
+    // The reference of a block's products: the mean of every eighth row, rounded as T. An eighth of the rows have their
+    // mean within sqrt(7) standard deviations of that of all, whatever the data: so the products keep their digits.
+    LOFT_INLINE void sample(int64_t index, int64_t step) {
+        if (!exists(index)) return;
+        const Block& block = blocks_[index];
+        const int64_t left = step * kWide * kWidth, columns = std::min(d_ - left, kWide * kWidth);
+        const In* first = row(block.start) + x_.col_stride * left;
+        double sum[kWide * kWidth] = {};
+        for (int64_t r = kSample; r < block.n; r += kSample) {
+            const In* values = row(block.start + r) + x_.col_stride * left;
+            for (int64_t j = 0; j < columns; ++j)
+                sum[j] += static_cast<double>(value_of(values[j * x_.col_stride])) - value_of(first[j * x_.col_stride]);
+        }
+        const auto n = static_cast<double>((block.n + kSample - 1) / kSample);
+        T* center = slot_of(index).center.data() + left;
+        for (int64_t j = 0; j < columns; ++j) center[j] = static_cast<T>(value_of(first[j * x_.col_stride]) + sum[j] / n);
     }
 
-    // The block's mean, which rounded as T is the reference of its products: whatever the mean, they keep their digits.
+    // Some rows of a block, less its reference, in panels; and their sum.
+    LOFT_INLINE void pack(int64_t index, int64_t step) {
+        if (!exists(index)) return;
+        const Block& block = blocks_[index];
+        Slot& slot = slot_of(index);
+        const int64_t start = step * kChunk, end = std::min(block.n, start + kChunk), whole = d_ / kWidth;
+        double* sums = sums_.data() + step * panels_ * kWidth;
+        std::fill_n(sums, panels_ * kWidth, 0.0);
+        const auto place = [&](const In* values, int64_t stride, int64_t width, int64_t p, int64_t r) LOFT_LAMBDA {
+            const T* center = slot.center.data() + p * kWidth;
+            T* out = panel(slot, p) + r * kWidth;
+            double* sum = sums + p * kWidth;
+            for (int64_t j = 0; j < width; ++j) {
+                const T value = value_of(values[(p * kWidth + j) * stride]);
+                out[j] = value - center[j];
+                sum[j] += static_cast<double>(value) - center[j];  // exact: means are float64, whatever the rows are
+            }
+        };
+        for (int64_t r = start; r < end; ++r) {
+            const In* values = row(block.start + r);
+            if (order_ && r + kAhead < block.n) {  // no hardware guesses where these rows are
+                const In* later = row(block.start + r + kAhead);
+                for (int64_t j = 0; j < d_; j += 64 / static_cast<int64_t>(sizeof(In)))
+                    LOFT_PREFETCH(later + j * x_.col_stride, 0);
+            }
+            for (int64_t p = 0; p < whole; ++p)
+                x_.col_stride == 1 ? place(values, 1, kWidth, p, r) : place(values, x_.col_stride, kWidth, p, r);
+            if (whole < panels_) {
+                place(values, x_.col_stride, d_ - whole * kWidth, whole, r);
+                std::fill(panel(slot, whole) + r * kWidth + d_ % kWidth, panel(slot, whole) + (r + 1) * kWidth, T(0));
+            }
+        }
+        if (packed_.fetch_add(1) + 1 == chunks_) finish(block, slot);
+    }
+
     // The scatter about the state's mean is that about the reference less `within` plus `between`, each a vector times
-    // itself (Chan, Golub and LeVeque). Means are offsets from the first row until the end, for the same reason.
-    LOFT_INLINE void center() {
-        const int64_t step = job_.x.col_stride;
-        double* sum = sum_.data();
-        std::fill_n(sum, d_, 0.0);
-        for (int64_t r = 0; r < n_; ++r) {
-            const In* row = rows_[r];
-            if (step == 1) {
-                for (int64_t j = 0; j < d_; ++j) sum[j] += value_of(row[j]) - origin_[j];
-            } else {
-                for (int64_t j = 0; j < d_; ++j) sum[j] += value_of(row[j * step]) - origin_[j];
+    // itself (Chan, Golub and LeVeque). Means are offsets from the group's first row until the end: whatever their size,
+    // they keep their digits.
+    LOFT_INLINE void finish(const Block& block, Slot& slot) {
+        packed_ = 0;
+        double* state = state_.mean + block.group * d_;
+        if (block.first) {
+            const In* values = row(block.start);
+            for (int64_t j = 0; j < d_; ++j) {
+                origin_[j] = value_of(values[j * x_.col_stride]);
+                mean_[j] = block.before ? state[j] - origin_[j] : 0.0;
             }
         }
-        const auto n = static_cast<double>(n_), before = static_cast<double>(count_), total = before + n;
+        const auto n = static_cast<double>(block.n), before = static_cast<double>(block.before), total = before + n;
         for (int64_t j = 0; j < d_; ++j) {
-            const double mean = sum[j] / n;
-            center_[j] = static_cast<T>(origin_[j] + mean);
-            const double delta = count_ ? mean - mean_[j] : 0.0;
-            within_[j] = (mean - (center_[j] - origin_[j])) * std::sqrt(n);
-            between_[j] = delta * std::sqrt(before * n / total);
-            mean_[j] = count_ ? mean_[j] + delta * (n / total) : mean;
+            double sum = 0;
+            for (int64_t c = 0; c * kChunk < block.n; ++c) sum += sums_[c * panels_ * kWidth + j];
+            const double center = slot.center[j] - origin_[j] + sum / n, delta = block.before ? center - mean_[j] : 0.0;
+            slot.within[j] = sum / std::sqrt(n);
+            slot.between[j] = delta * std::sqrt(before * n / total);
+            mean_[j] = block.before ? mean_[j] + delta * (n / total) : center;
+            if (block.last) state[j] = origin_[j] + mean_[j];
         }
-        count_ += n_;
     }
 
-    LOFT_INLINE T* panel(int64_t p) { return packed_.get() + p * kWidth * block_; }
-
-    LOFT_INLINE void pack() {
-        const int64_t step = job_.x.col_stride;
-        for (int64_t r = 0; r < n_; ++r)
-            for (int64_t p = 0; p < panels_; ++p) {
-                const int64_t left = p * kWidth, width = std::min<int64_t>(kWidth, d_ - left);
-                const In* row = rows_[r] + left * step;
-                const T* center = center_.data() + left;
-                T* out = panel(p) + r * kWidth;
-                if (step == 1 && width == kWidth) {
-                    for (int j = 0; j < kWidth; ++j) out[j] = static_cast<T>(value_of(row[j])) - center[j];
-                } else {
-                    for (int64_t j = 0; j < width; ++j) out[j] = static_cast<T>(value_of(row[j * step])) - center[j];
-                    std::fill_n(out + width, kWidth - width, T(0));
-                }
-            }
+    LOFT_INLINE void multiply_add(int64_t index, const Tiles& tiles, Scratch& own) {
+        if (!exists(index)) return;
+        const Block& block = blocks_[index];
+        const Slot& slot = slot_of(index);
+        T* to = own.slivers.get();
+        for (int s = 0; s < kWidth; s += kHeight) {
+            const T* from = panel(slot, tiles.panel) + s;
+            for (int64_t r = 0; r < block.n; ++r, from += kWidth)
+                for (int i = 0; i < kHeight; ++i) *to++ = from[i];
+        }
+        for (int64_t p = tiles.left; p < tiles.right; ++p) add_tile(block, slot, tiles.panel, p, own.slivers.get());
     }
 
-    LOFT_INLINE void cut(int64_t p) {
-        const T* from = panel(p);
-        T* to = slivers_.get();
-        for (int s = 0; s < kWidth; s += kHeight)
-            for (int64_t r = 0; r < n_; ++r)
-                for (int i = 0; i < kHeight; ++i) *to++ = from[r * kWidth + s + i];
-    }
-
-    LOFT_INLINE void add_tile(int64_t p, int64_t q, double* scatter, bool last) {
+    LOFT_INLINE void add_tile(const Block& block, const Slot& slot, int64_t p, int64_t q, const T* slivers) {
         const int64_t top = p * kWidth, left = q * kWidth;
         const int64_t height = std::min<int64_t>(kWidth, d_ - top), width = std::min<int64_t>(kWidth, d_ - left);
-        double* corner = scatter + top * d_ + left;
+        double* corner = state_.scatter[block.group] + top * d_ + left;
         for (int64_t i = 0; i < height; ++i)
-            for (int64_t j = 0; j < width; j += 8) LOFT_PREFETCH(corner + i * d_ + j);
+            for (int64_t j = 0; j < width; j += 8) LOFT_PREFETCH(corner + i * d_ + j, 1);
         alignas(64) T acc[kWidth * kWidth];
-        multiply<T, Bytes>(slivers_.get(), panel(q), n_, acc);
-        for (int64_t i = 0; i < height; ++i)
-            for (int64_t j = 0; j < width; ++j)
-                corner[i * d_ + j] += acc[i * kWidth + j] - within_[top + i] * within_[left + j] +
-                                      between_[top + i] * between_[left + j];
-        if (!last) return;
-        double* mirror = scatter + left * d_ + top;  // on the diagonal its own upper half: that goes to the lower one
+        multiply<T, Bytes>(slivers, panel(slot, q), block.n, acc);
+        double within[kWidth], between[kWidth];  // copies, which no store to the scatter could change
+        std::copy_n(slot.within.data() + left, kWidth, within);
+        std::copy_n(slot.between.data() + left, kWidth, between);
+        const auto settle = [&](int64_t columns) LOFT_LAMBDA {
+            for (int64_t i = 0; i < height; ++i) {
+                const double inner = slot.within[top + i], outer = slot.between[top + i];
+                for (int64_t j = 0; j < columns; ++j)
+                    corner[i * d_ + j] += acc[i * kWidth + j] - inner * within[j] + outer * between[j];
+            }
+        };
+        width == kWidth ? settle(kWidth) : settle(width);
+        if (!block.last) return;
+        // On the diagonal its own upper half, which goes to the lower one.
+        double* mirror = state_.scatter[block.group] + left * d_ + top;
         for (int64_t j = 0; j < width; ++j)
             for (int64_t i = 0; i < (p == q ? j : height); ++i) mirror[j * d_ + i] = corner[i * d_ + j];
     }
 
-    const Job& job_;
-    const int first_;
-    const int64_t d_, panels_, block_;
-    Aligned<T> packed_, slivers_;
-    std::vector<T> center_;
-    std::vector<const In*> rows_;
-    std::vector<double> origin_, mean_, sum_, within_, between_;
-    int64_t n_ = 0, count_ = 0;
+    const Rows& x_;
+    const int64_t* order_;
+    const State state_;
+    const int64_t d_, panels_, stride_, samples_, chunks_;
+    std::vector<Tiles> tiles_;
+    std::array<Slot, 2> slots_;
+    std::vector<double> sums_, origin_, mean_;
+    const Block* blocks_ = nullptr;
+    int64_t count_ = 0;
+    std::atomic<int64_t> next_{0}, done_{0}, packed_{0};
 };
 
 template <typename In, typename T, int Bytes>
-using Run = void (*)(Worker<In, T, Bytes>&, int64_t*, double*);
+using Work = void (*)(Stream<In, T, Bytes>&, typename Stream<In, T, Bytes>::Scratch&);
 
-// Everything in a worker is inlined into one of these, and so compiled for its instructions.
+// Everything in a stream is inlined into one of these, and so compiled for its instructions.
 template <typename In, typename T, int Bytes>
-void run_portable(Worker<In, T, Bytes>& worker, int64_t* counts, double* means) {
-    worker.run(counts, means);
+void work_portable(Stream<In, T, Bytes>& stream, typename Stream<In, T, Bytes>::Scratch& own) {
+    stream.work(own);
 }
 #if LOFT_X86
 template <typename In, typename T, int Bytes>
-__attribute__((target("avx2,fma,f16c"))) void run_avx2(Worker<In, T, Bytes>& worker, int64_t* counts, double* means) {
-    worker.run(counts, means);
+__attribute__((target("avx2,fma,f16c"))) void work_avx2(Stream<In, T, Bytes>& stream,
+                                                        typename Stream<In, T, Bytes>::Scratch& own) {
+    stream.work(own);
 }
 template <typename In, typename T, int Bytes>
-__attribute__((target("avx512f,avx512vl,prefer-vector-width=512"))) void run_avx512(Worker<In, T, Bytes>& worker,
-                                                                                   int64_t* counts, double* means) {
-    worker.run(counts, means);
+__attribute__((target("avx512f,avx512vl,prefer-vector-width=512"))) void work_avx512(
+    Stream<In, T, Bytes>& stream, typename Stream<In, T, Bytes>::Scratch& own) {
+    stream.work(own);
 }
 #endif
 
 template <typename In, typename T, int Bytes>
 void merge(const Rows& x, const int64_t* group, int64_t* count, double* mean, const std::vector<double*>& scatter,
-           int threads, Run<In, T, Bytes> run) {
+           int threads, Work<In, T, Bytes> work) {
     const auto groups = static_cast<int64_t>(scatter.size());
     // Counting sort of the row numbers by group.
     std::vector<int64_t> begin(groups + 1, 0), order;
@@ -295,36 +354,46 @@ void merge(const Rows& x, const int64_t* group, int64_t* count, double* mean, co
     } else {
         begin[1] = x.n;
     }
+    std::vector<Block> blocks;
+    std::vector<int64_t> first(groups + 1, 0);  // group g has the blocks first[g] .. first[g + 1]
     int64_t largest = 0;
-    for (int64_t g = 0; g < groups; ++g) largest = std::max(largest, begin[g + 1] - begin[g]);
-    const int64_t tile_rows = (x.d + Shape<T, Bytes>::width - 1) / Shape<T, Bytes>::width;
-    const int64_t affordable = std::min<int64_t>(threads, 1 + x.n * x.d * x.d / kSmall);
-    const bool by_group = largest * affordable * 2 <= x.n;
-    const int workers =
-        static_cast<int>(std::max<int64_t>(1, by_group ? affordable : std::min(affordable, tile_rows)));
-    std::atomic<int64_t> next{0};
-    const Job job{x, begin.data(), group ? order.data() : nullptr, count, mean, scatter, workers,
-                  by_group ? &next : nullptr};
-    // All memory is allocated before the state is touched. Counts and means are written when no worker reads them.
-    std::vector<int64_t> counts(count, count + groups);
-    std::vector<double> means(mean, mean + groups * x.d);
-    std::vector<Worker<In, T, Bytes>> team;
-    team.reserve(workers);
-    for (int first = 0; first < workers; ++first) team.emplace_back(job, first);
-    const auto work = [&](int first) { run(team[first], counts.data(), means.data()); };
-    std::vector<std::thread> pool;
-    pool.reserve(workers);
-    for (int first = 1; first < workers; ++first) {
-        try {
-            pool.emplace_back(work, first);
-        } catch (const std::system_error&) {  // no more threads to be had
-            work(first);
+    for (int64_t g = 0; g < groups; ++g) {
+        const int64_t n = begin[g + 1] - begin[g];
+        largest = std::max(largest, n);
+        for (int64_t done = 0; done < n; done += kBlock) {
+            const int64_t rows = std::min(kBlock, n - done);
+            blocks.push_back({g, begin[g] + done, rows, count[g] + done, done == 0, done + rows == n});
         }
+        first[g + 1] = static_cast<int64_t>(blocks.size());
     }
-    work(0);
-    for (auto& thread : pool) thread.join();
-    std::copy(counts.begin(), counts.end(), count);
-    std::copy(means.begin(), means.end(), mean);
+    const auto affordable = static_cast<int>(std::min<int64_t>(threads, 1 + x.n * x.d * x.d / kSmall));
+    // Many groups of like size: everyone takes the next one and does it alone. Otherwise all work on the same one.
+    const bool alone = affordable > 1 && largest * affordable * 2 <= x.n;
+
+    // All memory is allocated before the state is touched.
+    using Team = Stream<In, T, Bytes>;
+    const int64_t rows = std::min(kBlock, largest);
+    const int64_t* sorted = group ? order.data() : nullptr;
+    std::deque<Team> teams;
+    for (int i = 0; i < (alone ? affordable : 1); ++i)
+        teams.emplace_back(x, sorted, State{mean, scatter}, rows, alone ? 1 : affordable);
+    const int workers = alone ? affordable : static_cast<int>(std::min<int64_t>(affordable, teams[0].steps()));
+    std::vector<typename Team::Scratch> scratch;
+    scratch.reserve(workers);
+    for (int i = 0; i < workers; ++i) scratch.emplace_back(rows);
+
+    std::atomic<int> arrived{0};
+    std::atomic<int64_t> next{0};
+    teams[0].open(blocks.data(), static_cast<int64_t>(blocks.size()));
+    in_parallel(workers, [&] {
+        const int i = arrived.fetch_add(1);
+        if (!alone) return work(teams[0], scratch[i]);
+        for (int64_t g; (g = next.fetch_add(1)) < groups;) {
+            teams[i].open(blocks.data() + first[g], first[g + 1] - first[g]);
+            work(teams[i], scratch[i]);
+        }
+    });
+    for (int64_t g = 0; g < groups; ++g) count[g] += begin[g + 1] - begin[g];
 }
 
 template <typename In, typename T>
@@ -332,11 +401,11 @@ void dispatch(const Rows& x, const int64_t* group, int64_t* count, double* mean,
               int threads) {
 #if LOFT_X86
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl"))
-        return merge<In, T, 64>(x, group, count, mean, scatter, threads, run_avx512<In, T, 64>);
+        return merge<In, T, 64>(x, group, count, mean, scatter, threads, work_avx512<In, T, 64>);
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-        return merge<In, T, 32>(x, group, count, mean, scatter, threads, run_avx2<In, T, 32>);
+        return merge<In, T, 32>(x, group, count, mean, scatter, threads, work_avx2<In, T, 32>);
 #endif
-    merge<In, T, 16>(x, group, count, mean, scatter, threads, run_portable<In, T, 16>);
+    merge<In, T, 16>(x, group, count, mean, scatter, threads, work_portable<In, T, 16>);
 }
 
 }  // namespace

@@ -7,6 +7,7 @@ its own mean before it is multiplied, so a mean far larger than the spread costs
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from loft_fast import files, ops
 from loft_fast.backends import FLOATS
 from loft_fast.errors import FileFormatError, InputError
 from loft_fast.ops.reference import square
+from loft_fast.waiting import Waiting
 
 # The largest magnitudes whose squares a kernel can sum over a block without overflow, in float64 and in float32.
 _LARGEST_DOUBLE, _LARGEST_FLOAT = 1e150, 1e17
@@ -24,6 +26,9 @@ _LARGEST_DOUBLE, _LARGEST_FLOAT = 1e150, 1e17
 # and, after a long stream, of a mean: a removal that leaves a variance further below zero than they explain took away
 # rows that were never there.
 _VARIANCE_ERROR, _MEAN_ERROR = 1e-4, 1e-12
+_MANY = 16  # rows a feature that cost more to look through than a state to put aside
+# Reading may finish an update, and two threads may read at once.
+_SETTLING = threading.Lock()
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -35,6 +40,9 @@ def lasting(function: _Function) -> _Function:
 
 class Moments:
     """Streaming count, mean and scatter of rows in R^dim, state in float64.
+
+    Updates of a few rows are collected, and worked off together once there are about d of them or when `mean` or
+    `scatter` is needed: the result is that of one update with all of them.
 
     Args:
         dim: number of features d, at least 1.
@@ -55,9 +63,10 @@ class Moments:
         if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
             raise InputError(f"dim: got {dim!r}, expected an integer >= 1")
         self.dim = dim
-        self.count = 0
-        self.mean = torch.zeros(dim, dtype=torch.float64, device=device)
+        self._seen = 0  # rows in the state that follows
+        self._mean = torch.zeros(dim, dtype=torch.float64, device=device)
         self._scatter: Tensor | None = None  # allocated by the first row: a key costs nothing until it has data
+        self._waiting = Waiting(dim)
         self._shared = False
         self._residue = 0.0  # what rounding in earlier removals may have left on the scatter's diagonal
         self.site: str | None = None
@@ -65,11 +74,23 @@ class Moments:
     @property
     def device(self) -> torch.device:
         """Where the state lives."""
-        return self.mean.device
+        return self._mean.device
+
+    @property
+    def count(self) -> int:
+        """Rows seen, n."""
+        return self._seen + self._waiting.count
+
+    @property
+    def mean(self) -> Tensor:
+        """(d,) float64, sum z / n; read only."""
+        self._settle()
+        return self._mean
 
     @property
     def scatter(self) -> Tensor:
         """(d, d) float64, sum (z - mean)(z - mean)^T, exactly symmetric; read only."""
+        self._settle()
         if self._scatter is None:
             return torch.zeros(self.dim, self.dim, dtype=torch.float64, device=self.device)
         return self._scatter
@@ -112,7 +133,9 @@ class Moments:
         return twin
 
     def _become(self, other: Moments) -> None:
-        self.count, self.mean, self._scatter = other.count, other.mean, other._scatter
+        other._settle()
+        self._waiting.clear(free=True)
+        self._seen, self._mean, self._scatter = other._seen, other._mean, other._scatter
         self._residue = other._residue
         self.site = self.site or other.site
         self._shared = other._shared = True
@@ -120,11 +143,28 @@ class Moments:
     def _own_scatter(self) -> Tensor:
         """The scatter matrix, allocated and not shared with a copy, so that it may be written."""
         if self._scatter is None:
-            self._scatter = self.scatter
+            self._scatter = torch.zeros(self.dim, self.dim, dtype=torch.float64, device=self.device)
         elif self._shared:
             self._scatter = self._scatter.clone()
         self._shared = False
         return self._scatter
+
+    @lasting
+    def _hold(self, rows: Tensor) -> None:
+        """Let a few rows wait."""
+        if not self._waiting.fits(rows):
+            self._settle(free=False)
+        self._waiting.put(rows)
+
+    @lasting
+    def _settle(self, free: bool = True) -> None:
+        """Work off the rows that wait, and with `free` give back their memory."""
+        if not self._waiting.count:
+            return
+        with _SETTLING:
+            if self._waiting.count:  # or another thread was faster
+                _merge([self], self._waiting.rows)
+                self._waiting.clear(free)
 
     def _check_partner(self, other: object) -> None:
         if not isinstance(other, Moments):
@@ -194,21 +234,74 @@ def as_rows(x: Tensor, dim: int, device: torch.device) -> Tensor:
 
 @lasting
 def accumulate(parts: list[Moments], rows: Tensor, group: Tensor | None = None) -> None:
-    """Add row i of `rows` (n, d) to parts[group[i]], or all rows to parts[0]; every part must be distinct."""
+    """Add row i of `rows` (n, d) to parts[group[i]], or all rows to parts[0]; every part must be distinct.
+
+    Whether the rows of a part wait is a matter of how many they are: what other parts get has no influence on its bits.
+    """
     if not len(rows):
         return
+    counts = [len(rows)] if group is None else torch.bincount(group, minlength=len(parts)).tolist()
+    few = [part._waiting.few(n) for part, n in zip(parts, counts, strict=True)]
+    if not any(few):
+        return _add(parts, rows, group)
     _check_values(rows)
-    count = torch.tensor([part.count for part in parts], device=rows.device)
-    mean = torch.stack([part.mean for part in parts])
-    ops.moments_update(rows, count, mean, [part._own_scatter() for part in parts], group)
+    if group is None:
+        return parts[0]._hold(rows)
+    pieces = rows[group.argsort(stable=True)].split(counts)
+    large = [g for g, wait in enumerate(few) if not wait]
+    if large:
+        sizes = torch.tensor([counts[g] for g in large], device=rows.device)
+        index = torch.arange(len(large), device=rows.device).repeat_interleave(sizes)
+        _add([parts[g] for g in large], torch.cat([pieces[g] for g in large]), index)
+    for part, piece, wait in zip(parts, pieces, few, strict=True):
+        if wait:
+            part._hold(piece)
+
+
+def _add(parts: list[Moments], rows: Tensor, group: Tensor | None) -> None:
+    """Check rows and merge them, at the price of one pass over them where there are many."""
+    for part in parts:
+        part._settle()
+    if all(part._seen == 0 for part in parts):  # nothing can be lost: merge first, check what came of it
+        _merge(parts, rows, group, check=True)
+    elif len(rows) > _MANY * rows.shape[1] * len(parts):
+        fresh = [Moments(part.dim, part.device) for part in parts]
+        _merge(fresh, rows, group, check=True)
+        for part, more in zip(parts, fresh, strict=True):
+            part._become(pool([part, more]))
+    else:
+        _check_values(rows)
+        _merge(parts, rows, group)
+
+
+def _merge(parts: list[Moments], rows: Tensor, group: Tensor | None = None, check: bool = False) -> None:
+    """Merge rows into the states. With `check`, of which states that are empty are left so where the rows are bad."""
+    count = torch.tensor([part._seen for part in parts], device=rows.device)
+    mean = torch.stack([part._mean for part in parts])
+    scatter = [part._own_scatter() for part in parts]
+    ops.moments_update(rows, count, mean, scatter, group)
+    if check:
+        # No row is further from the mean than the square root of the scatter; NaN and Inf show in the mean.
+        deviation = torch.stack([matrix.diagonal() for matrix in scatter]).clamp_min(0).sqrt()
+        if not float((mean.abs() + 1.001 * deviation).max()) <= _limit(rows):
+            try:
+                _check_values(rows)
+            except InputError:
+                for part in parts:
+                    part._scatter = None
+                raise
     for part, total, center in zip(parts, count.tolist(), mean, strict=True):
-        part.count, part.mean = total, center.clone()
+        part._seen, part._mean = total, center.clone()
+
+
+def _limit(rows: Tensor) -> float:
+    return _LARGEST_DOUBLE if rows.dtype == torch.float64 else _LARGEST_FLOAT
 
 
 def _check_values(rows: Tensor) -> None:
     """Refuse rows with NaN or Inf, and rows whose squares could overflow."""
     largest = max(abs(float(bound)) for bound in torch.aminmax(rows))
-    limit = _LARGEST_DOUBLE if rows.dtype == torch.float64 else _LARGEST_FLOAT
+    limit = _limit(rows)
     if largest <= limit:
         return
     bad = int((~torch.isfinite(rows)).any(1).sum())
@@ -230,12 +323,12 @@ def pool(parts: list[Moments]) -> Moments:
         return result
     counts = torch.tensor([part.count for part in parts], dtype=torch.float64, device=result.device)
     means = torch.stack([part.mean.to(result.device) for part in parts])
-    result.count = sum(part.count for part in parts)
+    result._seen = sum(part.count for part in parts)
     result._residue = sum(part._residue for part in parts)
     # Offsets from the first mean, not from zero: a mean of 1e6 times the spread keeps its digits.
     offsets = means - means[0]
-    drift = (counts @ offsets) / result.count
-    result.mean = means[0] + drift
+    drift = (counts @ offsets) / result._seen
+    result._mean = means[0] + drift
     spread = (offsets - drift) * counts.sqrt().unsqueeze(1)
     scatter = spread.T @ spread
     scatter = (scatter + scatter.T) / 2
@@ -269,7 +362,7 @@ def subtract(whole: Moments, part: Moments, name: str) -> Moments:
     if bool((rest < -slack).any()) or (left < 2 and bool((rest > slack).any())):  # one row alone has no variance
         raise InputError(f"{name}: these rows were never added (the variance of the rest is impossible)")
     if left:
-        result.count, result.mean, result._scatter, result._residue = left, mean, scatter, float(slack.max())
+        result._seen, result._mean, result._scatter, result._residue = left, mean, scatter, float(slack.max())
     return result
 
 
@@ -316,8 +409,8 @@ def restore(
     if not fits or (count == 0 and bool(mean.any() or packed.any())):
         raise FileFormatError(f"path: {str(path)!r} holds moments that contradict themselves")
     result = Moments(d, device)
-    result.count = count
-    result.mean = mean.to(result.device, copy=True)  # what was read under inference mode may not be used outside
+    result._seen = count
+    result._mean = mean.to(result.device, copy=True)  # what was read under inference mode may not be used outside
     result._scatter = unpack(packed.to(result.device), d)
     result._residue = residue
     result.site = header.get("site") or None

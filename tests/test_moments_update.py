@@ -2,6 +2,8 @@
 
 import importlib.util
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -397,3 +399,22 @@ def test_wrong_argument_is_named_and_nothing_changes(message):
     assert torch.equal(count, before[0])
     assert torch.equal(mean, before[1])
     assert all(torch.equal(new, old) for new, old in zip(scatter, before[2], strict=True))
+
+
+@pytest.mark.skipif("native" not in backends.available(), reason="needs the compiled extension")
+def test_native_brings_its_own_threads_where_torch_is_not():
+    code = """
+import sys, importlib.util, numpy as np
+spec = importlib.util.spec_from_file_location("loft_fast._native", sys.argv[1])
+native = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(native)
+assert "torch" not in sys.modules
+x = np.random.default_rng(0).normal(size=(3000, 100))
+count, mean, scatter = np.zeros(1, np.int64), np.zeros(100), np.zeros((100, 100))
+address = lambda array: array.__array_interface__["data"][0]
+native.moments_update(address(x), 0, *x.shape, 100, 1, 0, address(count), address(mean), [address(scatter)], 4)
+assert count[0] == 3000
+assert np.allclose(scatter, 2999 * np.cov(x.T), rtol=1e-11, atol=1e-9)
+"""
+    path = backends.native_module().__file__
+    subprocess.run([sys.executable, "-c", code, path], check=True, timeout=60)
