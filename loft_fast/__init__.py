@@ -3,6 +3,7 @@
 LOFT (arXiv 2601.22456), solved to a certified global optimum instead of by descent.
 """
 
+from loft_fast.batch_solver import solve_batch
 from loft_fast.errors import FileFormatError, FoldError, InputError, LoftError, MissingExtraError, SiteError
 from loft_fast.evaluate import Evaluation, evaluate
 from loft_fast.fetch import fetch_moments
@@ -34,5 +35,6 @@ __all__ = [
     "fetch_moments",
     "fold",
     "solve",
+    "solve_batch",
     "unlearn",
 ]

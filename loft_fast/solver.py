@@ -25,6 +25,7 @@ from loft_fast.projection import Certificate, Projection
 
 _TINY_LOSS = 1e-9  # a millionth of it is what rounding does to a loss of order one
 _MAX_SOLVES = 64
+AT_RANK = "the optimum at the rank asked for"
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,7 @@ def solve(
         best = _smallest_rank(frontier, goal, max_loss, tolerance)
         why = f"the smallest rank with a loss of at most {max_loss:g}"
     elif angle is None and rank is not None:
-        best = optimum(frontier, goal, rank, tolerance)
-        why = "the optimum at the rank asked for"
+        best, why = optimum(frontier, goal, rank, tolerance), AT_RANK
     elif angle is None and chosen:
         best = _best_rank(frontier, goal, tolerance)
         why = "the optimum over all ranks"
@@ -137,9 +137,17 @@ def solve(
         rank = rank or objective.dim - 1
         most = frontier.at(0.0, rank).retain_kept
         raise InputError(f"min_retain_kept: got {min_retain_kept}, but rank {rank} keeps at most {most:.8g}")
+    certificate = certify(best, text, why, frontier.eigen_solves, time.perf_counter() - start, predicted)
+    return Projection(best.point.basis.contiguous(), center, certificate, retain.site)
+
+
+def certify(
+    best: Optimum, goal: str, why: str, eigen_solves: int, seconds: float, predicted: dict[str, float] | None = None
+) -> Certificate:
+    """What is known about an optimum."""
     point = best.point
-    certificate = Certificate(
-        goal=text,
+    return Certificate(
+        goal=goal,
         why=why,
         loss=best.loss,
         lower_bound=best.bound,
@@ -148,11 +156,10 @@ def solve(
         forget_kept=point.forget_kept,
         rank=point.rank,
         angle=point.angle,
-        eigen_solves=frontier.eigen_solves,
-        seconds=time.perf_counter() - start,
-        predicted=predicted,
+        eigen_solves=eigen_solves,
+        seconds=seconds,
+        predicted=predicted or {},
     )
-    return Projection(point.basis.contiguous(), center, certificate, retain.site)
 
 
 def _extreme(point: Point) -> Optimum:
@@ -168,22 +175,36 @@ def optimum(frontier: Frontier, goal: Goal, rank: int, tolerance: float) -> Opti
 
 
 def _searched(frontier: Frontier, goal: Goal, rank: int | None, tolerance: float) -> _Search:
-    """The search for the optimum at one rank; rank=None relaxes the rank and stops between two neighbouring ones.
+    """The search for the optimum at one rank; rank=None relaxes the rank and stops between two neighbouring ones."""
+    return searched([frontier], goal, rank, tolerance)[0]
 
-    Safeguarded secant on the goal's residual inside a bracket of angles, from a first angle that is near the optimum
-    as a rule. Where the residual jumps across zero the frontier has a flat side: the normal of the chord between both
-    ends is its angle, and the geodesic between their subspaces reaches every point of it.
-    """
-    search = _Search(goal, tolerance)
-    angle = math.pi / 4
+
+def searched(frontiers: list[Frontier], goal: Goal, rank: int | None, tolerance: float) -> list[_Search]:
+    """The searches of problems of one size: by Newton's method on all, then each for itself where that fell short."""
+    searches = [_Search(goal, tolerance) for _ in frontiers]
+    angles = [math.pi / 4] * len(frontiers)
+
+    def offer(i: int, angle: float, point: Point | None) -> bool:
+        angles[i] = angle
+        frontiers[i].eigen_solves += 1
+        if point is not None:
+            searches[i].take(point)
+        return point is not None and searches[i].done
+
     if rank is not None and goal.reach:
-        for estimate, point in descend(frontier.objective, goal, rank):
-            angle = estimate
-            frontier.eigen_solves += 1
-            if point is not None:
-                search.take(point)
-                if search.done:
-                    return search
+        descend([frontier.objective for frontier in frontiers], goal, rank, offer)
+    for search, frontier, angle in zip(searches, frontiers, angles, strict=True):
+        if search.best is None or not search.done:
+            _bracket(search, frontier, rank, angle)
+    return searches
+
+
+def _bracket(search: _Search, frontier: Frontier, rank: int | None, angle: float) -> None:
+    """Safeguarded secant on the goal's residual inside a bracket of angles, from an angle that may be near the optimum.
+
+    Where the residual jumps across zero the frontier has a flat side: the normal of the chord between both ends is its
+    angle, and the geodesic between their subspaces reaches every point of it.
+    """
     for count in range(_MAX_SOLVES):
         search.add(frontier.at(angle, rank))
         following = search.next_angle(count)
@@ -192,11 +213,10 @@ def _searched(frontier: Frontier, goal: Goal, rank: int | None, tolerance: float
             break
         stuck = following == angle
         if rank is not None and low is not None and high is not None and (stuck or (count >= 5 and count % 2)):
-            search.consider(frontier.between(low, high, goal.loss))
+            search.consider(frontier.between(low, high, search.goal.loss))
         if search.done or stuck:
             break
         angle = following
-    return search
 
 
 class _Search:

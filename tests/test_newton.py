@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
+from loft_fast import newton
 from loft_fast.frontier import Frontier
 from loft_fast.goals import Distance
-from loft_fast.newton import _model, descend
+from loft_fast.newton import _models, descend
 from loft_fast.objective import Objective
 
 
@@ -19,16 +20,33 @@ def power_law(dim, power, seed):
     return (matrix + matrix.T) / (2 * matrix.trace())
 
 
+def model_of(retain, forget, rank, angle):
+    (model,) = _models(retain.unsqueeze(0), forget.unsqueeze(0), rank, [angle])
+    return model
+
+
+def offers(objectives, rank, enough=lambda point: False):
+    """What `descend` offers for each problem: (angle, point) pairs."""
+    found = [[] for _ in objectives]
+
+    def offer(i, angle, point):
+        found[i].append((angle, point))
+        return enough(point)
+
+    descend(objectives, Distance(), rank, offer)
+    return found
+
+
 def test_model_is_the_taylor_series_of_the_frontier():
     # A wide gap at the cut, so that finite differences see the series and not an avoided crossing.
     retain, forget = power_law(24, 1, 0), power_law(24, 1, 1)
     objective, angle, rank = Objective(retain, forget, torch.zeros(24).double()), 0.6, 9
-    model = _model(retain, forget, rank, angle)
+    model = model_of(retain, forget, rank, angle)
     frontier = Frontier(objective)
 
     def error(t):
         point = frontier.at(angle + t, rank)
-        a, b = model.kept(angle, t)
+        a, b = model.shares(t)
         return max(abs(a - point.retain_kept), abs(b - point.forget_kept))
 
     assert error(0) < 1e-9
@@ -37,10 +55,10 @@ def test_model_is_the_taylor_series_of_the_frontier():
     assert error(4e-3) < 1e-4
 
 
-def test_the_predicted_space_is_right_to_first_order():
+def test_the_predicted_space_is_right_to_second_order():
     retain, forget = power_law(24, 1, 0), power_law(24, 1, 1)
     angle, rank = 0.6, 9
-    model = _model(retain, forget, rank, angle)
+    model = model_of(retain, forget, rank, angle)
     frontier = Frontier(Objective(retain, forget, torch.zeros(24).double()))
 
     def distance(t):
@@ -48,15 +66,28 @@ def test_the_predicted_space_is_right_to_first_order():
         return float((found @ found.T - true @ true.T).norm())
 
     assert distance(0) < 1e-9
-    assert distance(2e-3) < distance(4e-3) / 3.5
+    assert distance(2e-3) < distance(4e-3) / 3.5  # to first order only, up to there
     assert distance(4e-3) < 0.1 * float((model.basis(4e-3) - model.basis(0)).norm())
+    assert distance(0.0125) < distance(0.025) / 6
+
+
+@pytest.mark.parametrize("root", [0.0, 1e-9, 0.3, 0.77, 1.0])
+@pytest.mark.parametrize("shape", [lambda x: -x, lambda x: -(x**3), lambda x: -math.atan(1e6 * x), math.expm1])
+def test_root(shape, root):
+    falling = shape if shape(1.0) < 0 else lambda x: -shape(x)
+    assert newton._root(lambda x: falling(x - root), 0.0, 1.0) == pytest.approx(root, abs=1e-4)
+
+
+@pytest.mark.parametrize("offset", [-0.5, 1.5])
+def test_root_outside_is_the_nearer_end(offset):
+    assert newton._root(lambda x: offset - x, 0.0, 1.0) == min(max(offset, 0.0), 1.0)
 
 
 @pytest.mark.parametrize(("dim", "rank", "powers"), [(192, 60, (1, 1)), (256, 20, (0.5, 0.5)), (256, 100, (2, 1.5))])
 def test_two_solves_prove_an_optimum(dim, rank, powers):
     objective = Objective(*(power_law(dim, p, seed) for seed, p in enumerate(powers)), torch.zeros(dim).double())
-    found = [point for _, point in descend(objective, Distance(), rank)][:2]
-    points = [point for point in found if point is not None]
+    (found,) = offers([objective], rank)
+    points = [point for _, point in found[:2] if point is not None]
     loss = min(Distance().loss(point.retain_kept, point.forget_kept) for point in points)
     bound = max(Distance().bound(point.angle, point.support) for point in points)
     assert 0 <= loss - bound <= 1e-6 * loss
@@ -70,13 +101,34 @@ def test_any_pair_gives_angles_in_range_and_no_false_proof(share):
     retain[::2], retain[:, ::2] = 0, 0
     objective = Objective(retain / retain.trace(), forget / forget.trace(), torch.zeros(160).double())
     frontier = Frontier(objective)
-    steps = list(descend(objective, Distance(), 40))
+    (steps,) = offers([objective], 40)
     assert 1 <= len(steps) <= 3
     for angle, point in steps:
         assert 0 <= angle <= math.pi / 2
         assert point is None or point.support >= frontier.at(angle, 40).support - 1e-13
 
 
-def test_small_problems_are_left_to_float64():
+def test_a_small_problem_is_left_to_float64():
     objective = Objective(power_law(24, 1, 0), power_law(24, 1, 1), torch.zeros(24).double())
-    assert list(descend(objective, Distance(), 9)) == []
+    assert offers([objective], 9) == [[]]
+
+
+def test_many_are_offered_what_each_alone_is():
+    zero = torch.zeros(160).double()
+    objectives = [Objective(power_law(160, 1, 2 * i), power_law(160, 0.7, 2 * i + 1), zero) for i in range(5)]
+    objectives[2].retain[::8] = objectives[2].retain[:, ::8] = 0  # nothing to see for the thinned problems
+    enough = lambda point: point is not None  # noqa: E731
+    together = offers(objectives, 40, enough)
+    for objective, many in zip(objectives, together, strict=True):
+        (alone,) = offers([objective], 40, enough)
+        assert len(alone) == len(many)
+        assert [angle for angle, _ in alone] == pytest.approx([angle for angle, _ in many], abs=1e-3)
+
+
+def test_a_satisfied_problem_is_left_alone():
+    zero = torch.zeros(160).double()
+    objectives = [Objective(power_law(160, 1, 2 * i), power_law(160, 1, 2 * i + 1), zero) for i in range(3)]
+    calls = []
+    descend(objectives, Distance(), 40, lambda i, angle, point: calls.append(i) or i == 1)
+    assert calls.count(1) == 1
+    assert calls.count(0) > 1

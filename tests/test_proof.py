@@ -7,9 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loft_fast import proof
 from loft_fast.frontier import Frontier
 from loft_fast.objective import Objective
-from loft_fast.proof import prove
+
+
+def prove(objective, angle, basis):
+    (point,) = proof.prove([objective], [angle], basis.unsqueeze(0))
+    return point
 
 
 def random_objective(dim, seed, forget_rank=None):
@@ -85,3 +90,20 @@ def test_a_tie_at_the_cut_is_refused_or_bounded():
     objective = Objective(flat, flat, torch.zeros(16, dtype=torch.float64))
     point = prove(objective, 0.3, torch.eye(16, dtype=torch.float64)[:, :4])
     assert point is None or point.support >= (math.cos(0.3) - math.sin(0.3)) * 4 / 16 - 1e-14
+
+
+def test_each_of_many_is_proven_as_if_alone():
+    objectives = [random_objective(32, seed) for seed in range(6)]
+    angles = [0.2 * i for i in range(6)]
+    bases = [Frontier(one).at(angle, 10).basis for one, angle in zip(objectives, angles, strict=True)]
+    bases[1] = torch.zeros_like(bases[1])
+    bases[3] = torch.full_like(bases[3], math.nan)
+    bases[4] = bases[4].flip(0)  # orthonormal, but of another space
+    points = proof.prove(objectives, angles, torch.stack(bases))
+    assert [point is not None for point in points] == [True, False, True, False, False, True]
+    for point, objective, angle, basis in zip(points, objectives, angles, bases, strict=True):
+        alone = prove(objective, angle, basis)
+        assert (alone is None) == (point is None)
+        if point is not None:
+            assert point.support == pytest.approx(alone.support, rel=1e-12)
+            assert point.retain_kept == pytest.approx(alone.retain_kept, rel=1e-12)
