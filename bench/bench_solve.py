@@ -8,7 +8,7 @@ import pytest
 from bench.compete import compete
 from bench.peers.riemannian_adam import descend
 from bench.problems import features
-from loft_fast import Moments, solve
+from loft_fast import Moments, solve, solve_batch
 from loft_fast.objective import build_objective
 
 
@@ -29,3 +29,19 @@ def test_solve(dim, rank, benchmark):
     benchmark.extra_info |= {"relative gap": certificate.relative_gap, "eigen-solves": certificate.eigen_solves}
     rounds = 9 if dim < 1024 else 2
     compete(benchmark, f"d = {dim}, s = {rank}", ours, {"Riemannian Adam, 50 steps": peer}, rounds)
+
+
+def test_solve_batch(benchmark):
+    dim, rank, count = 128, 32, 64
+    retain, forget = ([Moments(dim).update(features(3 * dim, dim, 2 * i + j)) for i in range(count)] for j in (0, 1))
+
+    def one_by_one():
+        return [solve(*pair, rank) for pair in zip(retain, forget, strict=True)]
+
+    def ours():
+        return solve_batch(retain, forget, rank)
+
+    for together, alone in zip(ours(), one_by_one(), strict=True):
+        assert together.certificate.relative_gap <= 1e-6
+        assert together.certificate.loss <= (1 + 2e-6) * alone.certificate.loss
+    compete(benchmark, f"{count} problems, d = {dim}, s = {rank}", ours, {"a loop of solve": one_by_one})

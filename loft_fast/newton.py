@@ -53,10 +53,11 @@ def descend(objectives: Sequence[Objective], goal: Goal, rank: int, offer: Offer
         points: dict[int, Point | None] = {}
         for i, step in zip(left, steps, strict=True):
             angles[i] += step
+        bases = [models[k].basis(steps[k]) for k in near]
+        del models  # a proof needs as much memory as a model, and new memory costs time
         if near:
-            bases = torch.stack([models[k].basis(steps[k]) for k in near])
             problems = [left[k] for k in near]
-            proofs = prove([objectives[i] for i in problems], [angles[i] for i in problems], bases)
+            proofs = prove([objectives[i] for i in problems], [angles[i] for i in problems], torch.stack(bases))
             points = dict(zip(problems, proofs, strict=True))
         done = [offer(i, angles[i], points.get(i)) or abs(step) < _STILL for i, step in zip(left, steps, strict=True)]
         left = [i for i, enough in zip(left, done, strict=True) if not enough]
