@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from loft_fast import files, ops
+from loft_fast import backends, files, ops
 from loft_fast.backends import FLOATS
 from loft_fast.errors import FileFormatError, InputError
 from loft_fast.ops.reference import square
@@ -245,6 +245,7 @@ def accumulate(parts: list[Moments], rows: Tensor, group: Tensor | None = None) 
     if not any(few):
         return _add(parts, rows, group)
     _check_values(rows)
+    backends.choose("moments_update", rows.device, rows.dtype)  # refuse now what could not be worked off later
     if group is None:
         return parts[0]._hold(rows)
     pieces = rows[group.argsort(stable=True)].split(counts)
