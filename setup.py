@@ -4,6 +4,7 @@ The C++ extension is optional: without a compiler the package installs without i
 """
 
 import sys
+from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
@@ -12,8 +13,8 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "loft_fast._native",
-            ["csrc/bindings.cpp", "csrc/moments_update.cpp", "csrc/parallel.cpp"],
-            depends=["csrc/moments_update.h", "csrc/aligned.h", "csrc/half.h", "csrc/parallel.h"],
+            sorted(map(str, Path("csrc").glob("*.cpp"))),
+            depends=sorted(map(str, Path("csrc").glob("*.h"))),
             cxx_std=17,
             libraries=["dl"] if sys.platform == "linux" else [],
             # -ffast-math would break NaN handling; fused multiply-add alone is all the kernels ask for.

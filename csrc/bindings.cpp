@@ -6,6 +6,8 @@
 #include <vector>
 
 #include "moments_update.h"
+#include "peak.h"
+#include "project.h"
 
 namespace py = pybind11;
 
@@ -25,4 +27,15 @@ PYBIND11_MODULE(_native, module) {
                                       threads);
         },
         py::call_guard<py::gil_scoped_release>());
+    module.def(
+        "project",
+        [](uintptr_t x, int dtype, int64_t n, int64_t d, int64_t row_stride, int64_t col_stride, uintptr_t basis,
+           uintptr_t center, int64_t s, uintptr_t out, int threads) {
+            const loft_fast::Rows rows{reinterpret_cast<const void*>(x), static_cast<loft_fast::DType>(dtype), n, d,
+                                       row_stride, col_stride};
+            loft_fast::project(rows, reinterpret_cast<const void*>(basis), reinterpret_cast<const void*>(center), s,
+                               reinterpret_cast<void*>(out), threads);
+        },
+        py::call_guard<py::gil_scoped_release>());
+    module.def("multiply_adds", &loft_fast::multiply_adds, py::call_guard<py::gil_scoped_release>());
 }

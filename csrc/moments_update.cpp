@@ -6,29 +6,14 @@
 #include <cmath>
 #include <deque>
 #include <thread>
-#include <type_traits>
 
 #include "aligned.h"
-#include "half.h"
 #include "parallel.h"
+#include "product.h"
 
 namespace loft_fast {
 namespace {
 
-#if defined(__GNUC__)
-#define LOFT_INLINE inline __attribute__((always_inline))
-#define LOFT_LAMBDA __attribute__((always_inline))
-#define LOFT_PREFETCH(address, write) __builtin_prefetch(address, write)
-#else
-#define LOFT_INLINE inline
-#define LOFT_LAMBDA
-#define LOFT_PREFETCH(address, write)
-#endif
-#if defined(__GNUC__) && defined(__x86_64__)
-#define LOFT_X86 1
-#endif
-
-constexpr int64_t kChain = 256;      // rows added up in one register: a panel of them fits the first cache
 constexpr int64_t kBlock = 512;      // rows merged into the float64 state at a time
 constexpr int64_t kChunk = 64;       // rows packed in a step
 constexpr int64_t kSample = 8;       // every so many rows, one goes into a block's reference
@@ -37,60 +22,6 @@ constexpr int64_t kWide = 8;         // panels sampled in a step
 constexpr int64_t kApart = 320;      // bytes between panels: without, the same rows of all would share a few cache sets
 constexpr int kSpins = 1000;         // tries before a waiting thread gives way to others
 constexpr int64_t kSmall = 1 << 21;  // multiply-adds below which a thread costs more than it brings
-
-// `Bytes` as a vector register, so that no optimiser has to find the parallelism.
-#if defined(__GNUC__)
-template <typename T, int Bytes>
-struct VectorOf {
-    typedef T type __attribute__((vector_size(Bytes), aligned(alignof(T)), may_alias));
-};
-template <typename T, int Bytes>
-using Vector = typename VectorOf<T, Bytes>::type;
-#else
-template <typename T, int Bytes>
-using Vector = T;
-#endif
-
-// The shape of the innermost product for a vector width: `height` x 3 vectors of sums, 3 of one operand and one of the
-// other fill the 16 registers (32 with AVX-512), and hide the latency of the multiply-adds.
-template <typename T, int Bytes>
-struct Shape {
-    static constexpr int lanes = sizeof(Vector<T, Bytes>) / sizeof(T);
-    static constexpr int width = 3 * lanes;  // columns of a panel; a tile is width x width
-    static constexpr int height = lanes <= 2 ? 3 : Bytes == 64 ? 8 : 4;
-    static_assert(width % height == 0);
-};
-
-// acc[i][j] = sum over rows r of left[r][i] * right[r][j]. right: a panel, (rows, width). left: another one, cut into
-// slivers of `height` columns, (rows, height) each.
-template <typename T, int Bytes>
-LOFT_INLINE void multiply(const T* left, const T* right, int64_t rows, T* acc) {
-    using V = Vector<T, Bytes>;
-    constexpr int kWidth = Shape<T, Bytes>::width, kHeight = Shape<T, Bytes>::height;
-    for (int64_t start = 0; start < rows; start += kChain) {
-        const int64_t chain = std::min(kChain, rows - start);
-        for (int top = 0; top < kWidth; top += kHeight) {
-            const T* a = left + top * rows + start * kHeight;
-            const T* b = right + start * kWidth;
-            V sum[kHeight][3] = {};
-            for (int64_t r = 0; r < chain; ++r, a += kHeight, b += kWidth)
-                for (int i = 0; i < kHeight; ++i)
-                    for (int v = 0; v < 3; ++v) sum[i][v] += a[i] * reinterpret_cast<const V*>(b)[v];
-            for (int i = 0; i < kHeight; ++i) {
-                V* out = reinterpret_cast<V*>(acc + (top + i) * kWidth);
-                for (int v = 0; v < 3; ++v) out[v] = start ? out[v] + sum[i][v] : sum[i][v];
-            }
-        }
-    }
-}
-
-template <typename In>
-LOFT_INLINE auto value_of(In value) {
-    if constexpr (std::is_same_v<In, Float16> || std::is_same_v<In, BFloat16>)
-        return static_cast<float>(value);
-    else
-        return value;
-}
 
 // Rows start .. start + n of a group, which has seen `before` rows so far.
 struct Block {
@@ -319,29 +250,8 @@ class Stream {
 };
 
 template <typename In, typename T, int Bytes>
-using Work = void (*)(Stream<In, T, Bytes>&, typename Stream<In, T, Bytes>::Scratch&);
-
-// Everything in a stream is inlined into one of these, and so compiled for its instructions.
-template <typename In, typename T, int Bytes>
-void work_portable(Stream<In, T, Bytes>& stream, typename Stream<In, T, Bytes>::Scratch& own) {
-    stream.work(own);
-}
-#if LOFT_X86
-template <typename In, typename T, int Bytes>
-__attribute__((target("avx2,fma,f16c"))) void work_avx2(Stream<In, T, Bytes>& stream,
-                                                        typename Stream<In, T, Bytes>::Scratch& own) {
-    stream.work(own);
-}
-template <typename In, typename T, int Bytes>
-__attribute__((target("avx512f,avx512vl,prefer-vector-width=512"))) void work_avx512(
-    Stream<In, T, Bytes>& stream, typename Stream<In, T, Bytes>::Scratch& own) {
-    stream.work(own);
-}
-#endif
-
-template <typename In, typename T, int Bytes>
 void merge(const Rows& x, const int64_t* group, int64_t* count, double* mean, const std::vector<double*>& scatter,
-           int threads, Work<In, T, Bytes> work) {
+           int threads) {
     const auto groups = static_cast<int64_t>(scatter.size());
     // Counting sort of the row numbers by group.
     std::vector<int64_t> begin(groups + 1, 0), order;
@@ -387,10 +297,10 @@ void merge(const Rows& x, const int64_t* group, int64_t* count, double* mean, co
     teams[0].open(blocks.data(), static_cast<int64_t>(blocks.size()));
     in_parallel(workers, [&] {
         const int i = arrived.fetch_add(1);
-        if (!alone) return work(teams[0], scratch[i]);
+        if (!alone) return work<Bytes>(teams[0], scratch[i]);
         for (int64_t g; (g = next.fetch_add(1)) < groups;) {
             teams[i].open(blocks.data() + first[g], first[g + 1] - first[g]);
-            work(teams[i], scratch[i]);
+            work<Bytes>(teams[i], scratch[i]);
         }
     });
     for (int64_t g = 0; g < groups; ++g) count[g] += begin[g + 1] - begin[g];
@@ -399,13 +309,11 @@ void merge(const Rows& x, const int64_t* group, int64_t* count, double* mean, co
 template <typename In, typename T>
 void dispatch(const Rows& x, const int64_t* group, int64_t* count, double* mean, const std::vector<double*>& scatter,
               int threads) {
-#if LOFT_X86
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl"))
-        return merge<In, T, 64>(x, group, count, mean, scatter, threads, work_avx512<In, T, 64>);
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-        return merge<In, T, 32>(x, group, count, mean, scatter, threads, work_avx2<In, T, 32>);
-#endif
-    merge<In, T, 16>(x, group, count, mean, scatter, threads, work_portable<In, T, 16>);
+    switch (vector_bytes()) {
+        case 64: return merge<In, T, 64>(x, group, count, mean, scatter, threads);
+        case 32: return merge<In, T, 32>(x, group, count, mean, scatter, threads);
+        default: return merge<In, T, 16>(x, group, count, mean, scatter, threads);
+    }
 }
 
 }  // namespace

@@ -1,19 +1,12 @@
-// Streaming moments on the CPU. Plain pointers and sizes: no dependency on any torch version.
+// Streaming moments on the CPU.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
+#include "rows.h"
+
 namespace loft_fast {
-
-enum class DType : int { float64 = 0, float32 = 1, float16 = 2, bfloat16 = 3 };
-
-// n rows of d values; element (i, j) lies row_stride * i + col_stride * j elements after data.
-struct Rows {
-    const void* data;
-    DType dtype;
-    int64_t n, d, row_stride, col_stride;
-};
 
 // Merge the rows of every group g into its running count[g], mean[g] (d values) and scatter[g] (d x d, the sum of
 // (x - mean)(x - mean)^T; exactly symmetric before and after).

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from loft_fast import files
 from loft_fast.errors import FileFormatError, InputError
+from loft_fast.ops.project import project
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class Projection(nn.Module):
         certificate: how it came about; None if you made the basis yourself.
         site: where in a model it belongs.
 
-    Both tensors are float64 buffers, so `.to(device)` moves them; the arithmetic is done in the dtype of the input.
+    Both tensors are float64 buffers, so `.to(device)` moves them; the arithmetic is done in the dtype of the input
+    (of 16-bit input on a CPU, in float32).
     """
 
     basis: Tensor
@@ -116,8 +118,8 @@ class Projection(nn.Module):
         """z: (..., d), any float dtype; returns the same shape and dtype."""
         if not z.is_floating_point() or z.shape[-1:] != (self.dim,):
             raise InputError(f"z: got {z.dtype} of shape {tuple(z.shape)}, expected floats of shape (..., {self.dim})")
-        basis, center = self.basis.to(z), self.center.to(z)
-        return torch.addmm(center, (z - center).reshape(-1, self.dim) @ basis, basis.T).reshape(z.shape).to(z.dtype)
+        basis, center = self.basis.to(z.device), self.center.to(z.device)
+        return project(z.reshape(-1, self.dim), basis, center).reshape(z.shape)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file with the certificate in its header, whole or not at all."""

@@ -418,3 +418,28 @@ assert np.allclose(scatter, 2999 * np.cov(x.T), rtol=1e-11, atol=1e-9)
 """
     path = backends.native_module().__file__
     subprocess.run([sys.executable, "-c", code, path], check=True, timeout=60)
+
+
+MEMORY = """
+import resource, sys, torch
+from loft_fast import Moments
+torch.set_num_threads({threads})
+rows = torch.zeros({n}, {d}, dtype=torch.{dtype}).normal_()
+Moments(8).update(rows[:600, :8])  # whatever a first call needs once
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+moments = Moments({d}).update(rows)
+print(1024 * (peak() - before))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the unit of the peak is another one")
+@pytest.mark.skipif("native" not in backends.available(), reason="native is not available here")
+@pytest.mark.parametrize(("n", "d", "dtype"), [(65536, 768, "float32"), (16384, 1024, "bfloat16")])
+def test_memory_is_bounded(n, d, dtype):
+    for threads in (1, 2):
+        script = MEMORY.format(threads=threads, n=n, d=d, dtype=dtype)
+        output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+        accumulator = 8 * d * d
+        # A page or two is left over from every earlier step; the state itself is the first accumulator.
+        assert accumulator / 2 < int(output) <= 2 * accumulator + threads * (8 << 20)

@@ -1,5 +1,6 @@
 """The few heavy operations, each behind one name: a float64 torch reference and the faster backends that match it."""
 
 from loft_fast.ops.moments_update import moments_update
+from loft_fast.ops.project import project
 
-__all__ = ["moments_update"]
+__all__ = ["moments_update", "project"]

@@ -8,10 +8,9 @@ from torch import Tensor
 from loft_fast import backends
 from loft_fast.errors import InputError
 from loft_fast.ops import reference
+from loft_fast.ops.arguments import check_tensor, native_rows
 
 _OP = "moments_update"
-# loft_fast::DType in csrc/moments_update.h
-_NATIVE_DTYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
 def moments_update(x: Tensor, count: Tensor, mean: Tensor, scatter: list[Tensor], group: Tensor | None = None) -> None:
@@ -62,10 +61,7 @@ def _fake(x: Tensor, count: Tensor, mean: Tensor, scatter: list[Tensor], group: 
 def _native(x: Tensor, count: Tensor, mean: Tensor, scatter: list[Tensor], group: Tensor | None) -> None:
     group = None if group is None else group.contiguous()
     backends.native_module().moments_update(
-        x.data_ptr(),
-        _NATIVE_DTYPES[x.dtype],
-        *x.shape,
-        *x.stride(),
+        *native_rows(x),
         0 if group is None else group.data_ptr(),
         count.data_ptr(),
         mean.data_ptr(),
@@ -86,16 +82,16 @@ backends.implements(_OP, "torch")(reference.moments_update)
 
 def _check(x: Tensor, count: Tensor, mean: Tensor, scatter: list[Tensor], group: Tensor | None) -> None:
     """Everything that shapes and types can tell; raises InputError."""
-    _check_tensor("x", x, (None, None), backends.FLOATS, x)
+    check_tensor("x", x, (None, None), backends.FLOATS, x)
     n, d = x.shape
     if not isinstance(scatter, list | tuple) or not scatter:
         raise InputError(f"scatter: got {scatter!r}, expected a list of one ({d}, {d}) tensor per group")
     groups = len(scatter)
-    _check_tensor("count", count, (groups,), (torch.int64,), x)
-    _check_tensor("mean", mean, (groups, d), (torch.float64,), x)
+    check_tensor("count", count, (groups,), (torch.int64,), x)
+    check_tensor("mean", mean, (groups, d), (torch.float64,), x)
     matrices = {f"scatter[{g}]": matrix for g, matrix in enumerate(scatter)}
     for name, matrix in matrices.items():
-        _check_tensor(name, matrix, (d, d), (torch.float64,), x)
+        check_tensor(name, matrix, (d, d), (torch.float64,), x)
     for name, tensor in {"count": count, "mean": mean, **matrices}.items():
         if not tensor.is_contiguous():
             raise InputError(f"{name}: got strides {tuple(tensor.stride())}, expected a contiguous tensor")
@@ -103,21 +99,4 @@ def _check(x: Tensor, count: Tensor, mean: Tensor, scatter: list[Tensor], group:
         if groups != 1:
             raise InputError(f"group: got None with {groups} scatter matrices, expected a group index for each row")
     else:
-        _check_tensor("group", group, (n,), (torch.int64,), x)
-
-
-def _check_tensor(
-    name: str, tensor: object, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...], like: Tensor
-) -> None:
-    if not isinstance(tensor, Tensor):
-        raise InputError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
-    # `in` would compare symbolic sizes, which torch.compile puts here, by identity.
-    if tensor.ndim != len(shape) or any(
-        want is not None and want != got for want, got in zip(shape, tensor.shape, strict=True)
-    ):
-        wanted = "(n, d)" if None in shape else str(tuple(shape))
-        raise InputError(f"{name}: got shape {tuple(tensor.shape)}, expected {wanted}")
-    if tensor.dtype not in dtypes:
-        raise InputError(f"{name}: got {tensor.dtype}, expected {' or '.join(str(dtype) for dtype in dtypes)}")
-    if tensor.device != like.device:
-        raise InputError(f"{name}: got a tensor on {tensor.device}, expected {like.device}, as x")
+        check_tensor("group", group, (n,), (torch.int64,), x)

@@ -1,4 +1,4 @@
-"""The heavy operations in the plainest torch code that is right, in float64: what every backend is tested against.
+"""The heavy operations in the plainest torch code that is right: in float64, what every backend is tested against.
 
 Also the "torch" backend, for any device without a faster one.
 """
@@ -30,6 +30,15 @@ def moments_update(x: Tensor, count: Tensor, mean: Tensor, scatter: list[Tensor]
         # A general matrix product may round (i, j) and (j, i) apart.
         scatter[g] += product.triu() + product.triu(1).T
         settle(len(rows), center, centered.sum(0), count[g], mean[g], scatter[g])
+
+
+def project(x: Tensor, basis: Tensor, center: Tensor) -> Tensor:
+    """center + (x - center) U U^T, in the dtype that all three share.
+
+    Args:
+        x: (n, d); basis: U, (d, s); center: (d,).
+    """
+    return torch.addmm(center, (x - center) @ basis, basis.T)
 
 
 def settle(n: int, center: Tensor, rest: Tensor, count: Tensor, mean: Tensor, scatter: Tensor) -> None:

@@ -1,0 +1,34 @@
+"""Arguments of the operations: checked, and in the form the compiled extension takes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loft_fast.errors import InputError
+
+# loft_fast::DType in csrc/rows.h
+_NATIVE_DTYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
+
+
+def native_rows(x: Tensor) -> tuple[int, int, int, int, int, int]:
+    """loft_fast::Rows: address, dtype, n, d and both strides of x, (n, d)."""
+    return x.data_ptr(), _NATIVE_DTYPES[x.dtype], *x.shape, *x.stride()
+
+
+def check_tensor(
+    name: str, tensor: object, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...], like: Tensor
+) -> None:
+    """Refuse a tensor that is not of this shape (None: any size), one of these dtypes, and on the device of `like`."""
+    if not isinstance(tensor, Tensor):
+        raise InputError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
+    # `in` would compare symbolic sizes, which torch.compile puts here, by identity.
+    if tensor.ndim != len(shape) or any(
+        want is not None and want != got for want, got in zip(shape, tensor.shape, strict=True)
+    ):
+        wanted = "(n, d)" if None in shape else str(tuple(shape))
+        raise InputError(f"{name}: got shape {tuple(tensor.shape)}, expected {wanted}")
+    if tensor.dtype not in dtypes:
+        raise InputError(f"{name}: got {tensor.dtype}, expected {' or '.join(str(dtype) for dtype in dtypes)}")
+    if tensor.device != like.device:
+        raise InputError(f"{name}: got a tensor on {tensor.device}, expected {like.device}, as x")
