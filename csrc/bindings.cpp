@@ -8,8 +8,21 @@
 #include "moments_update.h"
 #include "peak.h"
 #include "project.h"
+#include "symmetric_sum.h"
 
 namespace py = pybind11;
+
+namespace {
+
+template <typename T>
+std::vector<T*> pointers(const std::vector<uintptr_t>& addresses) {
+    std::vector<T*> result;
+    result.reserve(addresses.size());
+    for (const uintptr_t address : addresses) result.push_back(reinterpret_cast<T*>(address));
+    return result;
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_native, module) {
     module.doc() = "CPU kernels of loft_fast; loft_fast.ops checks arguments before it calls them.";
@@ -17,13 +30,10 @@ PYBIND11_MODULE(_native, module) {
         "moments_update",
         [](uintptr_t x, int dtype, int64_t n, int64_t d, int64_t row_stride, int64_t col_stride, uintptr_t group,
            uintptr_t count, uintptr_t mean, const std::vector<uintptr_t>& scatter, int threads) {
-            std::vector<double*> matrices;
-            matrices.reserve(scatter.size());
-            for (const uintptr_t address : scatter) matrices.push_back(reinterpret_cast<double*>(address));
             const loft_fast::Rows rows{reinterpret_cast<const void*>(x), static_cast<loft_fast::DType>(dtype), n, d,
                                        row_stride, col_stride};
             loft_fast::moments_update(rows, reinterpret_cast<const int64_t*>(group),
-                                      reinterpret_cast<int64_t*>(count), reinterpret_cast<double*>(mean), matrices,
+                                      reinterpret_cast<int64_t*>(count), reinterpret_cast<double*>(mean), pointers<double>(scatter),
                                       threads);
         },
         py::call_guard<py::gil_scoped_release>());
@@ -35,6 +45,12 @@ PYBIND11_MODULE(_native, module) {
                                        row_stride, col_stride};
             loft_fast::project(rows, reinterpret_cast<const void*>(basis), reinterpret_cast<const void*>(center), s,
                                reinterpret_cast<void*>(out), threads);
+        },
+        py::call_guard<py::gil_scoped_release>());
+    module.def(
+        "symmetric_sum",
+        [](uintptr_t out, const std::vector<uintptr_t>& matrices, int64_t d, int threads) {
+            loft_fast::symmetric_sum(reinterpret_cast<double*>(out), pointers<const double>(matrices), d, threads);
         },
         py::call_guard<py::gil_scoped_release>());
     module.def("multiply_adds", &loft_fast::multiply_adds, py::call_guard<py::gil_scoped_release>());

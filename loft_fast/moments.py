@@ -128,8 +128,10 @@ class Moments:
 
     def copy(self) -> Moments:
         """An independent Moments with the same state; memory is shared until one of the two changes."""
-        twin = Moments(self.dim, self.device)
-        twin._become(self)
+        self._settle()
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__, _waiting=Waiting(self.dim))
+        self._shared = twin._shared = True
         return twin
 
     def _become(self, other: Moments) -> None:
@@ -156,11 +158,13 @@ class Moments:
             self._settle(free=False)
         self._waiting.put(rows)
 
-    @lasting
     def _settle(self, free: bool = True) -> None:
         """Work off the rows that wait, and with `free` give back their memory."""
-        if not self._waiting.count:
-            return
+        if self._waiting.count:
+            self._work_off(free)
+
+    @lasting
+    def _work_off(self, free: bool) -> None:
         with _SETTLING:
             if self._waiting.count:  # or another thread was faster
                 _merge([self], self._waiting.rows)
@@ -332,9 +336,7 @@ def pool(parts: list[Moments]) -> Moments:
     result._mean = means[0] + drift
     spread = (offsets - drift) * counts.sqrt().unsqueeze(1)
     scatter = spread.T @ spread
-    scatter = (scatter + scatter.T) / 2
-    for part in parts:
-        scatter += part.scatter.to(result.device)
+    ops.symmetric_sum(scatter, [part.scatter.to(result.device) for part in parts])
     result._scatter = scatter
     return result
 

@@ -108,17 +108,17 @@ def fold(model: nn.Module, projection: Projection, site: str | None = None) -> N
     layer = place.plain
     weight = foldable(model, place)
     _check_dim(place, projection, known_width(place))
-    matrix = projection.matrix().to(weight.device, torch.float64)
+    basis = projection.basis.to(weight.device, torch.float64)
     center = projection.center.to(weight.device, torch.float64)
     flat = weight.detach().double().reshape(len(weight), -1)
     old_bias = layer.bias
     bias = flat.new_zeros(len(weight)) if not isinstance(old_bias, Tensor) else old_bias.detach().double()
     if place.side == "input":
-        folded = flat @ matrix
+        folded = flat @ basis @ basis.T
         bias = bias + (flat - folded) @ center
     else:
-        folded = matrix @ flat
-        bias = matrix @ bias + center - matrix @ center
+        folded = basis @ (basis.T @ flat)
+        bias = basis @ (basis.T @ (bias - center)) + center
     weight.copy_(folded.reshape(weight.shape))
     if isinstance(old_bias, Tensor):
         old_bias.copy_(bias)

@@ -2,5 +2,6 @@
 
 from loft_fast.ops.moments_update import moments_update
 from loft_fast.ops.project import project
+from loft_fast.ops.symmetric_sum import symmetric_sum
 
-__all__ = ["moments_update", "project"]
+__all__ = ["moments_update", "project", "symmetric_sum"]

@@ -41,6 +41,13 @@ def project(x: Tensor, basis: Tensor, center: Tensor) -> Tensor:
     return torch.addmm(center, (x - center) @ basis, basis.T)
 
 
+def symmetric_sum(out: Tensor, matrices: list[Tensor]) -> None:
+    """out = its upper triangle, mirrored, and `matrices` one after another; all (d, d) float64."""
+    out.copy_(out.triu() + out.triu(1).T)
+    for matrix in matrices:
+        out += matrix
+
+
 def settle(n: int, center: Tensor, rest: Tensor, count: Tensor, mean: Tensor, scatter: Tensor) -> None:
     """Finish a merge of n rows whose scatter about `center` has been added to `scatter` (Chan, Golub, LeVeque).
 
