@@ -86,6 +86,7 @@ def _solve_stack(retain: Sets, forget: Sets, first: int, rank: int, about: About
             frontier.objective.center,
             certify(best, str(goal), AT_RANK, frontier.eigen_solves, seconds),
             keep.site,
+            check=False,
         )
         for best, frontier, keep in zip(results, frontiers, retain, strict=True)
     ]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,8 +25,10 @@ _THINNINGS = (8, 4, 2)  # every second feature makes a problem that costs an eig
 _FAR = 0.4  # radians; no model is trusted further than that
 _NEAR = 0.1  # radians; a longer step is followed by another, since its error grows with the square
 _PROVABLE = 0.05  # radians; beyond this the predicted subspace is too far off for a proof of 1e-6
-_STRAIGHT = 0.012  # radians; up to this it is good enough to first order
+_STRAIGHT = 0.008  # radians; up to this it is good enough to first order
 _HALF_TURN = 0.5  # tangent of an angle that no series of two terms describes
+_EDGE = 8  # eigenvectors on either side of the cut that are predicted one by one, to tell where it is
+_WINDOW = 16  # one in so many eigenvectors on either side of the cut is too close to it for a series
 _STILL = 1e-4  # radians; another step would not get closer in float32
 _MAX_STEPS = 3
 
@@ -47,17 +48,16 @@ def descend(objectives: Sequence[Objective], goal: Goal, rank: int, offer: Offer
     angles = _thinned(retain, forget, goal, rank)
     left = list(range(len(objectives)))
     for _ in range(_MAX_STEPS):
-        models = _models(_pick(retain, left), _pick(forget, left), rank, [angles[i] for i in left])
-        steps = [model.optimum(goal) for model in models]
-        near = [k for k, step in enumerate(steps) if abs(step) < _PROVABLE]
-        points: dict[int, Point | None] = {}
+        models = _Models(_pick(retain, left), _pick(forget, left), rank, [angles[i] for i in left])
+        steps = models.optima(goal)
         for i, step in zip(left, steps, strict=True):
             angles[i] += step
-        bases = [models[k].basis(steps[k]) for k in near]
-        del models  # a proof needs as much memory as a model, and new memory costs time
+        near = [k for k, step in enumerate(steps) if abs(step) < _PROVABLE]
+        points: dict[int, Point | None] = {}
         if near:
             problems = [left[k] for k in near]
-            proofs = prove([objectives[i] for i in problems], [angles[i] for i in problems], torch.stack(bases))
+            bases, edges = models.bases(near, [steps[k] for k in near])
+            proofs = prove([objectives[i] for i in problems], [angles[i] for i in problems], bases, edges)
             points = dict(zip(problems, proofs, strict=True))
         done = [offer(i, angles[i], points.get(i)) or abs(step) < _STILL for i, step in zip(left, steps, strict=True)]
         left = [i for i, enough in zip(left, done, strict=True) if not enough]
@@ -83,8 +83,8 @@ def _thinned(retain: Tensor, forget: Tensor, goal: Goal, rank: int) -> list[floa
         for _ in range(_MAX_STEPS):
             if not left:
                 break
-            models = _models(_pick(a, left), _pick(b, left), max(1, rank // thinning), [angles[i] for i in left])
-            steps = [model.optimum(goal) for model in models]
+            models = _Models(_pick(a, left), _pick(b, left), max(1, rank // thinning), [angles[i] for i in left])
+            steps = models.optima(goal)
             for i, step in zip(left, steps, strict=True):
                 angles[i] += step
             left = [i for i, step in zip(left, steps, strict=True) if abs(step) >= _NEAR]
@@ -96,56 +96,110 @@ def _thinned(retain: Tensor, forget: Tensor, goal: Goal, rank: int) -> list[floa
     return angles
 
 
-@dataclass(frozen=True)
-class _Model:
-    """What one eigendecomposition says about the angles around.
+class _Models:
+    """What one eigendecomposition each says about the angles around those of P problems.
 
-    Attributes:
-        angle: of M = cos(angle) A - sin(angle) B.
-        terms: the sum of the largest eigenvalues of M + tau K is e0 + e1 tau + e2 tau^2.
-        kept, dropped: (d, s) and (d, d - s), the eigenvectors of M.
-        turn: (d - s, s), the eigenspace of M + tau K is spanned by kept + tau dropped turn + O(tau^2).
-        gaps: (d - s, s), the differences of the eigenvalues.
-        slope: K, (d, d). slope_kept: K kept, (d, s).
+    Args:
+        retain, forget: (P, d, d). rank: s. angles: P of them.
     """
 
-    angle: float
-    terms: tuple[float, float, float]
-    kept: Tensor
-    dropped: Tensor
-    turn: Tensor
-    gaps: Tensor
-    slope: Tensor
-    slope_kept: Tensor
+    def __init__(self, retain: Tensor, forget: Tensor, rank: int, angles: list[float]) -> None:
+        self.angles, self.cut = angles, retain.shape[-1] - rank
+        turns = _column(angles, retain)
+        cos, sin = turns.cos(), turns.sin()
+        self.matrix = (cos * retain).addcmul_(sin, forget, value=-1)  # M
+        slope = (-sin * retain).addcmul_(cos, forget, value=-1)  # K
+        values, vectors = torch.linalg.eigh(self.matrix)
+        kept, dropped = vectors[..., self.cut :], vectors[..., : self.cut]
+        slope_kept = slope @ kept
+        coupling = dropped.mT @ slope_kept  # [P, d - s, s]
+        self._parts = values, vectors, slope, slope_kept, coupling
+        # The sum of the largest eigenvalues of M + tau K is e0 + e1 tau + e2 tau^2.
+        e0 = values[:, self.cut :].sum(1, dtype=torch.float64)
+        e2 = _dots(coupling / self._gaps(values), coupling)
+        self.terms: list[list[float]] = torch.stack([e0, _dots(kept, slope_kept), e2]).T.tolist()
 
-    def basis(self, t: float) -> Tensor:
-        """The predicted eigenspace at angle + t, (d, s), not orthonormal."""
-        tau = math.tan(t)
-        turn = tau * self.turn
-        if abs(t) > _STRAIGHT:
-            # The Riccati equation of the eigenspace, turn * gaps = tau (K_dk + K_dd turn - turn K_kk - ...), once more.
-            known = turn.clamp(-_HALF_TURN, _HALF_TURN)
-            more = self.dropped.mT @ (self.slope @ (self.dropped @ known)) - known @ (self.kept.mT @ self.slope_kept)
-            turn = torch.where(known == turn, turn + tau * more / self.gaps, turn)
-        return self.kept + self.dropped @ turn
+    def optima(self, goal: Goal) -> list[float]:
+        """For every problem the step to where the goal's residual, as predicted, crosses zero."""
+        return [self._optimum(i, angle, goal) for i, angle in enumerate(self.angles)]
 
-    def shares(self, t: float) -> tuple[float, float]:
-        """The predicted (a, b) of the extreme point at angle + t: from h = a cos - b sin and its derivative."""
-        e0, e1, e2 = self.terms
+    def _optimum(self, i: int, angle: float, goal: Goal) -> float:
+        return _root(
+            lambda t: goal.residual(angle + t, *self.shares(i, t)),
+            max(-_FAR, -angle),
+            min(_FAR, math.pi / 2 - angle),
+        )
+
+    def shares(self, i: int, t: float) -> tuple[float, float]:
+        """The predicted (a, b) of the extreme point at angles[i] + t: from h = a cos - b sin and its derivative."""
+        e0, e1, e2 = self.terms[i]
         tau = math.tan(t)
         value = e0 + tau * (e1 + tau * e2)
         slope = e1 + 2 * tau * e2
         h, dh = math.cos(t) * value, -math.sin(t) * value + slope / math.cos(t)
-        cos, sin = math.cos(self.angle + t), math.sin(self.angle + t)
+        cos, sin = math.cos(self.angles[i] + t), math.sin(self.angles[i] + t)
         return cos * h - sin * dh, -sin * h - cos * dh
 
-    def optimum(self, goal: Goal) -> float:
-        """The step to where the goal's residual, as predicted, crosses zero."""
-        return _root(
-            lambda t: goal.residual(self.angle + t, *self.shares(t)),
-            max(-_FAR, -self.angle),
-            min(_FAR, math.pi / 2 - self.angle),
-        )
+    def bases(self, which: list[int], steps: list[float]) -> tuple[Tensor, Tensor]:
+        """For these problems the eigenspaces predicted at angle + step, and the eigenvectors on either side of the cut.
+
+        Eigenvectors near the cut mix across it as if there were no gap: the eigenproblem of M(angle + step) in their
+        span is solved as it is. For the others the eigenspace is that of kept + dropped X with the Riccati equation
+        X E_kept - E_dropped X = M_dk + offdiagonal (M_dd X - X M_kk) - ..., of which two terms are taken.
+
+        Returns:
+            (P, d, s) and (P, d, 2 w), not quite orthonormal.
+        """
+        values, vectors, slope, slope_kept, coupling = (_pick(one, which) for one in self._parts)
+        turns = _column(steps, values)
+        cos, sin = turns.cos(), turns.sin()
+        matrix = (cos * _pick(self.matrix, which)).addcmul_(sin, slope)
+        cut, d = self.cut, values.shape[1]
+        wide = min(max(1, d // _WINDOW), cut, d - cut)
+        window, edge = (slice(cut - n, cut + n) for n in (wide, min(wide, _EDGE)))
+        # Across a small gap rounding counts: here the product itself, not what the eigenvectors promise of it.
+        near = vectors[..., window]
+        image_near = matrix @ near
+        energies = cos.squeeze(-1) * values
+        energies[:, window], mix = torch.linalg.eigh(near.mT @ image_near)
+        near, image_near = near @ mix, image_near @ mix
+        vectors = torch.cat([vectors[..., : window.start], near, vectors[..., window.stop :]], -1)
+
+        mixed = vectors.mT @ image_near[..., edge.start - window.start : edge.stop - window.start]
+        mixed[:, window] = 0
+        mixed = _bounded(mixed.div_(energies[:, None, edge] - energies[..., None]).nan_to_num_())
+        edges = vectors[..., edge] + vectors @ mixed
+
+        kept, dropped = vectors[..., cut:], vectors[..., :cut]
+        image = (kept * energies[:, None, cut:]).addcmul_(sin, slope_kept)
+        image[..., :wide] = image_near[..., wide:]
+        coupling = sin * coupling
+        coupling[..., :wide] = dropped.mT @ image[..., :wide]
+        coupling[:, cut - wide :] = dropped[..., cut - wide :].mT @ image
+        coupling[:, cut - wide :, :wide] = 0
+        energies[:, cut:] = (kept * image).sum(1)
+        gaps = self._gaps(energies)
+        turn = _bounded(coupling / gaps)
+        if max(map(abs, steps)) > _STRAIGHT:
+            among = kept.mT @ image
+            among.diagonal(dim1=1, dim2=2).zero_()
+            more = dropped.mT @ (matrix @ (dropped @ turn)) - energies[:, :cut, None] * turn - turn @ among
+            turn = _bounded(more.add_(coupling).div_(gaps))
+        return kept + dropped @ turn, edges
+
+    def _gaps(self, energies: Tensor) -> Tensor:
+        """Differences of energies, (P, d - s, s); where below rounding, what they mix matters as little."""
+        gaps = energies[:, None, self.cut :] - energies[:, : self.cut, None]
+        return gaps.clamp_min_(1e-6 * float(energies.abs().max()))
+
+
+def _bounded(tangents: Tensor) -> Tensor:
+    return tangents.clamp_(-_HALF_TURN, _HALF_TURN)
+
+
+def _column(numbers: list[float], like: Tensor) -> Tensor:
+    """(P, 1, 1)."""
+    return torch.tensor(numbers, dtype=like.dtype, device=like.device).view(-1, 1, 1)
 
 
 def _root(value: Callable[[float], float], low: float, high: float) -> float:
@@ -167,25 +221,6 @@ def _root(value: Callable[[float], float], low: float, high: float) -> float:
             at_low /= 2 if side < 0 else 1
             high, at_high, side = middle, now, -1
     return middle
-
-
-def _models(retain: Tensor, forget: Tensor, rank: int, angles: list[float]) -> list[_Model]:
-    """The models of P problems, retain and forget (P, d, d), each at its angle."""
-    turns = torch.tensor(angles, dtype=retain.dtype, device=retain.device).view(-1, 1, 1)
-    cos, sin = turns.cos(), turns.sin()
-    values, vectors = torch.linalg.eigh((cos * retain).addcmul_(sin, forget, value=-1))
-    slope = (-sin * retain).addcmul_(cos, forget, value=-1)  # K
-    cut = values.shape[1] - rank
-    dropped, kept = vectors[..., :cut], vectors[..., cut:]
-    slope_kept = slope @ kept
-    coupling = dropped.mT @ slope_kept  # [P, d - s, s]
-    # A gap below rounding says nothing; what is mixed across it matters as little.
-    gaps = (values[:, None, cut:] - values[:, :cut, None]).clamp_min_(1e-6 * float(values.abs().max()))
-    turn = coupling / gaps
-    terms = [values[:, cut:].sum(1, dtype=torch.float64), _dots(kept, slope_kept), _dots(turn, coupling)]
-    numbers = torch.stack(terms).T.tolist()
-    parts = zip(angles, numbers, kept, dropped, turn, gaps, slope, slope_kept, strict=True)
-    return [_Model(angle, (e0, e1, e2), *rest) for angle, (e0, e1, e2), *rest in parts]
 
 
 def _dots(x: Tensor, y: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from loft_fast.errors import InputError
 from loft_fast.grouped_moments import GroupedMoments
 from loft_fast.moments import Moments
+from loft_fast.ops.reference import square
 
 About = Literal["retain", "own"]
 
@@ -57,19 +58,22 @@ def build_objective(retain: Moments, forget: Moments, about: About = "retain") -
     center = retain.mean if about == "retain" else torch.zeros_like(retain.mean)
     seen_from = center if about == "retain" else forget.mean
     return Objective(
-        retain=_unit_trace("retain", retain.second_moment(retain.mean), retain),
-        forget=_unit_trace("forget", forget.second_moment(seen_from).to(center), forget),
+        retain=_unit_trace("retain", retain, retain.mean),
+        forget=_unit_trace("forget", forget, seen_from.to(forget.mean)).to(center),
         center=center,
     )
 
 
-def _unit_trace(name: str, matrix: Tensor, part: Moments) -> Tensor:
-    trace = float(matrix.trace())
+def _unit_trace(name: str, part: Moments, about: Tensor) -> Tensor:
+    """The second moment about a point, divided by its trace."""
+    offset = part.mean - about
+    trace = float(part.scatter.trace() / part.count + offset.square().sum())
     # Rounding leaves about 1e-32 of the squared size of the features; less than that is no variance at all.
     scale = float(part.mean.square().sum()) + trace
     if not trace > 1e-28 * scale:
         raise InputError(f"{name}: {part.count} rows of zero variance, expected features that vary")
-    return matrix.div_(trace)
+    matrix = part.scatter / (part.count * trace)
+    return matrix.add_(square(offset / trace**0.5)) if bool(offset.any()) else matrix
 
 
 def pooled(name: str, moments: Moments | GroupedMoments) -> Moments:

@@ -68,6 +68,7 @@ class Projection(nn.Module):
         center: (d,), the point that stays where it is.
         certificate: how it came about; None if you made the basis yourself.
         site: where in a model it belongs.
+        check: look whether the columns are orthonormal; not needed for a basis that was made so.
 
     Both tensors are float64 buffers, so `.to(device)` moves them; the arithmetic is done in the dtype of the input
     (of 16-bit input on a CPU, in float32).
@@ -77,7 +78,13 @@ class Projection(nn.Module):
     center: Tensor
 
     def __init__(
-        self, basis: Tensor, center: Tensor, certificate: Certificate | None = None, site: str | None = None
+        self,
+        basis: Tensor,
+        center: Tensor,
+        certificate: Certificate | None = None,
+        site: str | None = None,
+        *,
+        check: bool = True,
     ) -> None:
         super().__init__()
         if basis.ndim != 2 or not 1 <= basis.shape[1] <= basis.shape[0] or center.shape != basis.shape[:1]:
@@ -87,10 +94,11 @@ class Projection(nn.Module):
             )
         if not (basis.is_floating_point() and center.is_floating_point() and bool(torch.isfinite(center).all())):
             raise InputError(f"center: got {basis.dtype} basis and {center.dtype} center, expected finite floats")
-        columns = basis.double()
-        skew = float((columns.T @ columns - torch.eye(basis.shape[1]).to(columns)).abs().max())
-        if not skew <= torch.finfo(basis.dtype).eps ** 0.5:  # NaN is not, either
-            raise InputError(f"basis: U^T U is {skew:.1e} away from the identity, expected orthonormal columns")
+        if check:
+            columns = basis.double()
+            skew = float((columns.T @ columns - torch.eye(basis.shape[1]).to(columns)).abs().max())
+            if not skew <= torch.finfo(basis.dtype).eps ** 0.5:  # NaN is not, either
+                raise InputError(f"basis: U^T U is {skew:.1e} away from the identity, expected orthonormal columns")
         self.register_buffer("basis", basis)
         self.register_buffer("center", center)
         self.certificate = certificate

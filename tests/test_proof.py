@@ -12,8 +12,16 @@ from loft_fast.frontier import Frontier
 from loft_fast.objective import Objective
 
 
-def prove(objective, angle, basis):
-    (point,) = proof.prove([objective], [angle], basis.unsqueeze(0))
+def edges_of(objective, angle, rank, count=1):
+    """The eigenvectors on either side of the cut, `count` each."""
+    _, vectors = Frontier(objective).spectrum(angle)
+    cut = len(vectors) - rank
+    return vectors[:, cut - count : cut + count]
+
+
+def prove(objective, angle, basis, edges=None):
+    edges = edges_of(objective, angle, basis.shape[1]) if edges is None else edges
+    (point,) = proof.prove([objective], [angle], basis.unsqueeze(0), edges.unsqueeze(0))
     return point
 
 
@@ -79,6 +87,22 @@ def test_another_eigenspace_is_refused():
     assert prove(objective, 0.5, torch.cat([vectors[:, 20:21], vectors[:, -9:]], dim=1)) is None  # one too low
 
 
+@settings(max_examples=100, deadline=None)
+@given(size=st.floats(0, 3), seed=st.integers(0, 2**31))
+def test_wrong_edges_can_only_spoil_a_proof(size, seed):
+    objective = random_objective(32, 0)
+    true = Frontier(objective).at(0.5, 10)
+    edges = perturbed(edges_of(objective, 0.5, 10, 3), size, seed)
+    point = prove(objective, 0.5, true.basis, edges)
+    assert point is None or point.support >= true.support - 1e-13
+
+
+@pytest.mark.parametrize("edges", [torch.zeros(32, 4), torch.ones(32, 2), torch.full((32, 2), math.nan)])
+def test_edges_without_full_rank_are_refused(edges):
+    objective = random_objective(32, 0)
+    assert prove(objective, 0.5, Frontier(objective).at(0.5, 10).basis, edges) is None
+
+
 @pytest.mark.parametrize("basis", [torch.zeros(32, 4), torch.ones(32, 2), torch.full((32, 3), math.nan)])
 def test_a_basis_without_full_rank_is_refused(basis):
     assert prove(random_objective(32, 0), 0.5, basis) is None
@@ -99,7 +123,8 @@ def test_each_of_many_is_proven_as_if_alone():
     bases[1] = torch.zeros_like(bases[1])
     bases[3] = torch.full_like(bases[3], math.nan)
     bases[4] = bases[4].flip(0)  # orthonormal, but of another space
-    points = proof.prove(objectives, angles, torch.stack(bases))
+    edges = [edges_of(one, angle, 10) for one, angle in zip(objectives, angles, strict=True)]
+    points = proof.prove(objectives, angles, torch.stack(bases), torch.stack(edges))
     assert [point is not None for point in points] == [True, False, True, False, False, True]
     for point, objective, angle, basis in zip(points, objectives, angles, bases, strict=True):
         alone = prove(objective, angle, basis)
