@@ -84,12 +84,13 @@ def plot(rows: list[Row], suite: str, path: Path) -> None:
         axes.barh(place, ratio - 1, left=1, color="#7a8fa6" if ratio >= 1 else "#d95f02")
         side = 4 if ratio >= 1 else -4
         align = "left" if ratio >= 1 else "right"
-        axes.annotate(f"{ratio:.3g}", (ratio, place), (side, 0), textcoords="offset points", ha=align, va="center")
+        axes.annotate(f"{ratio:.3g}", (ratio, place), (side, 0), textcoords="offset points", ha=align, va="center",
+                      bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})  # fmt: skip
         if row["target"]:
             axes.plot([row["target"]] * 2, [place - 0.4, place + 0.4], color="#222222", linestyle=":")
     axes.axvline(1, color="#222222", linewidth=1)
     axes.set_yticks(range(len(rows)), [f"{row['case']}\n{row['peer']}" for row in rows])
-    axes.set(xscale="log", xlabel="time taken, as a multiple of ours", title=f"bench_{suite}")
+    axes.set(xscale="log", xlabel="time taken, as a multiple of ours (dotted: the target)", title=f"bench_{suite}")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("")
     axes.margins(x=0.15)

@@ -4,6 +4,10 @@ With K = dM/dphi, M(phi + t) = cos t (M + tan t K) exactly, and perturbation the
 eigenvalues of M + tau K and their eigenspace to second order in tau, from one eigendecomposition of M
 (Kato, Perturbation Theory for Linear Operators, ch. II). The sum's optimum is the next angle. Nothing here has to be
 right: what it yields is proven in float64 (`proof`), and what cannot be proven only costs more solves.
+
+Why a full eigendecomposition, of which only s vectors are kept: with d = 768, s = 250 the gap at the cut is 1e-5 of the
+spectrum's width. LAPACK's partial solver (syevr) took 77 ms where the full one took 49; ten steps of a Chebyshev filter
+took 60 and were off by 0.07 in h, where 1e-7 is needed; five of LOBPCG, from a start 1e-3 off, 210 and 0.1.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +77,7 @@ class Projection(nn.Module):
 
     basis: Tensor
     center: Tensor
+    _kept: tuple[Tensor, Tensor, tuple[Any, ...], tuple[Tensor, Tensor]] | None = None
 
     def __init__(
         self,
@@ -126,8 +128,22 @@ class Projection(nn.Module):
         """z: (..., d), any float dtype; returns the same shape and dtype."""
         if not z.is_floating_point() or z.shape[-1:] != (self.dim,):
             raise InputError(f"z: got {z.dtype} of shape {tuple(z.shape)}, expected floats of shape (..., {self.dim})")
-        basis, center = self.basis.to(z.device), self.center.to(z.device)
-        return project(z.reshape(-1, self.dim), basis, center).reshape(z.shape)
+        return project(z.reshape(-1, self.dim), *self._operands(z)).reshape(z.shape)
+
+    def _operands(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Basis and center where and as z needs them; kept until they change: for few rows, that is half the work."""
+        basis, center = self.basis, self.center
+        dtype = torch.float32 if z.element_size() == 2 and z.device.type == "cpu" else z.dtype
+        if torch.compiler.is_compiling() or any(one.is_inference() or one.requires_grad for one in (basis, center)):
+            return basis.to(z.device, dtype), center.to(z.device, dtype)
+        kept, now = self._kept, (basis._version, center._version, dtype, z.device)
+        if kept is None or kept[0] is not basis or kept[1] is not center or kept[2] != now:
+            with torch.inference_mode(False):  # what is made there could not be trained through later
+                kept = self._kept = basis, center, now, (basis.to(z.device, dtype), center.to(z.device, dtype))
+        return kept[3]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file with the certificate in its header, whole or not at all."""

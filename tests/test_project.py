@@ -141,7 +141,7 @@ def test_native_writes_all_of_the_result_and_nothing_else():
 def many():
     """A projection, and rows enough for any backend to serve them."""
     _, basis, center = operands(1, 12, 5)
-    return Projection(basis, center), normal(600, 12, seed=3)
+    return Projection(basis, center), normal(1200, 12, seed=3)
 
 
 def test_gradients_of_first_and_second_order(many):
@@ -164,7 +164,7 @@ def test_functional_transforms(many):
     step = x @ projection.matrix()
     torch.testing.assert_close(torch.func.jvp(projection, (x,), (x,))[1], step)
     torch.testing.assert_close(torch.func.vjp(projection, x)[1](x)[0], step)
-    stacked = x.reshape(2, 300, 12).repeat(2, 2, 1)
+    stacked = x.reshape(2, 600, 12).repeat(2, 2, 1)
     torch.testing.assert_close(torch.func.vmap(projection)(stacked), projection(stacked))
     basis, center = projection.basis, projection.center
     over_centers = torch.func.vmap(project, in_dims=(None, None, 0))(x, basis, torch.stack([center, 0 * center]))

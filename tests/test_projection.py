@@ -167,6 +167,26 @@ def test_copies_do_the_same_and_are_independent(copied):
     assert torch.equal(twin(z), result)
 
 
+def test_a_change_of_the_basis_counts_at_once():
+    projection, z = make_projection(), normal(4, 12, seed=2).float()
+    before = projection(z)
+    assert torch.equal(projection(z), before)
+    projection.center.zero_()
+    assert not torch.equal(projection(z), before)
+    projection.basis = torch.eye(12, 5, dtype=torch.float64)
+    torch.testing.assert_close(projection(z)[:, :5], z[:, :5])
+    assert projection(z)[:, 5:].abs().max() == 0
+    assert projection(z.double()).dtype == torch.float64
+
+
+def test_what_is_kept_for_speed_is_not_stored():
+    projection = make_projection()
+    stored = len(pickle.dumps(projection))
+    projection(normal(4, 12).float())
+    assert len(pickle.dumps(projection)) == stored
+    assert copy.deepcopy(projection)._kept is None
+
+
 def test_copies_keep_the_certificate_and_site():
     projection = solve(*make_problem("power law", 12).moments, rank=4)
     projection.site = "fc:input"

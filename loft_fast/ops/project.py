@@ -14,7 +14,7 @@ from loft_fast.ops import reference
 from loft_fast.ops.arguments import check_tensor, native_rows
 
 _OP = "project"
-_WORTHWHILE = 512  # rows from which on one pass saves more than packing the basis for it costs
+_WORTHWHILE = 1024  # rows from which on one pass saves more than packing the basis for it costs
 
 
 def project(x: Tensor, basis: Tensor, center: Tensor) -> Tensor:
