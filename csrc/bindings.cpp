@@ -8,6 +8,7 @@
 #include "moments_update.h"
 #include "peak.h"
 #include "project.h"
+#include "quantized_update.h"
 #include "symmetric_sum.h"
 
 namespace py = pybind11;
@@ -35,6 +36,18 @@ PYBIND11_MODULE(_native, module) {
             loft_fast::moments_update(rows, reinterpret_cast<const int64_t*>(group),
                                       reinterpret_cast<int64_t*>(count), reinterpret_cast<double*>(mean), pointers<double>(scatter),
                                       threads);
+        },
+        py::call_guard<py::gil_scoped_release>());
+    module.def(
+        "quantized_update",
+        [](uintptr_t x, int dtype, int64_t n, int64_t d, int64_t row_stride, int64_t col_stride, double inverse,
+           uintptr_t group, uintptr_t count, uintptr_t total, uintptr_t clipped, const std::vector<uintptr_t>& product,
+           int threads) {
+            const loft_fast::Rows rows{reinterpret_cast<const void*>(x), static_cast<loft_fast::DType>(dtype), n, d,
+                                       row_stride, col_stride};
+            loft_fast::quantized_update(rows, inverse, reinterpret_cast<const int64_t*>(group),
+                                        reinterpret_cast<int64_t*>(count), reinterpret_cast<int64_t*>(total),
+                                        reinterpret_cast<int64_t*>(clipped), pointers<int64_t>(product), threads);
         },
         py::call_guard<py::gil_scoped_release>());
     module.def(

@@ -2,6 +2,7 @@
 
 from loft_fast.ops.moments_update import moments_update
 from loft_fast.ops.project import project
+from loft_fast.ops.quantized_update import quantized_update
 from loft_fast.ops.symmetric_sum import symmetric_sum
 
-__all__ = ["moments_update", "project", "symmetric_sum"]
+__all__ = ["moments_update", "project", "quantized_update", "symmetric_sum"]

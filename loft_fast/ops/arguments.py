@@ -32,3 +32,27 @@ def check_tensor(
         raise InputError(f"{name}: got {tensor.dtype}, expected {' or '.join(str(dtype) for dtype in dtypes)}")
     if tensor.device != like.device:
         raise InputError(f"{name}: got a tensor on {tensor.device}, expected {like.device}, as x")
+
+
+def check_state(name: str, tensor: object, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> None:
+    """Refuse what is no contiguous tensor of this shape and dtype on the device of `like`."""
+    check_tensor(name, tensor, shape, (dtype,), like)
+    assert isinstance(tensor, Tensor)
+    if not tensor.is_contiguous():
+        raise InputError(f"{name}: got strides {tuple(tensor.stride())}, expected a contiguous tensor")
+
+
+def check_group(group: Tensor | None, n: int, groups: int, like: Tensor) -> None:
+    """Refuse what cannot be the group of each of n rows."""
+    if group is not None:
+        check_tensor("group", group, (n,), (torch.int64,), like)
+    elif groups != 1:
+        raise InputError(f"group: got None with {groups} groups, expected a group index for each row")
+
+
+def check_indices(group: Tensor | None, groups: int) -> None:
+    """Refuse indices out of range."""
+    if group is not None and len(group):
+        low, high = (int(bound) for bound in torch.aminmax(group))
+        if low < 0 or high >= groups:
+            raise InputError(f"group: got indices from {low} to {high}, expected 0 to {groups - 1}")

@@ -8,7 +8,7 @@ from torch import Tensor
 from loft_fast import backends
 from loft_fast.errors import InputError
 from loft_fast.ops import reference
-from loft_fast.ops.arguments import check_tensor, native_rows
+from loft_fast.ops.arguments import check_group, check_indices, check_state, check_tensor, native_rows
 
 _OP = "moments_update"
 
@@ -43,10 +43,7 @@ def moments_update(x: Tensor, count: Tensor, mean: Tensor, scatter: list[Tensor]
 )
 def _op(x: Tensor, count: Tensor, mean: Tensor, scatter: list[Tensor], group: Tensor | None) -> None:
     # Values of `group` are checked here, not in the wrapper: a graph being traced has none.
-    if group is not None and len(group):
-        low, high = (int(bound) for bound in torch.aminmax(group))
-        if low < 0 or high >= len(scatter):
-            raise InputError(f"group: got indices from {low} to {high}, expected 0 to {len(scatter) - 1}")
+    check_indices(group, len(scatter))
     if x.shape[0] == 0:
         return
     backends.implementation(_OP, x.device, x.dtype)(x, count, mean, scatter, group)
@@ -87,16 +84,8 @@ def _check(x: Tensor, count: Tensor, mean: Tensor, scatter: list[Tensor], group:
     if not isinstance(scatter, list | tuple) or not scatter:
         raise InputError(f"scatter: got {scatter!r}, expected a list of one ({d}, {d}) tensor per group")
     groups = len(scatter)
-    check_tensor("count", count, (groups,), (torch.int64,), x)
-    check_tensor("mean", mean, (groups, d), (torch.float64,), x)
-    matrices = {f"scatter[{g}]": matrix for g, matrix in enumerate(scatter)}
-    for name, matrix in matrices.items():
-        check_tensor(name, matrix, (d, d), (torch.float64,), x)
-    for name, tensor in {"count": count, "mean": mean, **matrices}.items():
-        if not tensor.is_contiguous():
-            raise InputError(f"{name}: got strides {tuple(tensor.stride())}, expected a contiguous tensor")
-    if group is None:
-        if groups != 1:
-            raise InputError(f"group: got None with {groups} scatter matrices, expected a group index for each row")
-    else:
-        check_tensor("group", group, (n,), (torch.int64,), x)
+    check_state("count", count, (groups,), torch.int64, x)
+    check_state("mean", mean, (groups, d), torch.float64, x)
+    for g, matrix in enumerate(scatter):
+        check_state(f"scatter[{g}]", matrix, (d, d), torch.float64, x)
+    check_group(group, n, groups, x)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 # Rows converted to float64 at a time: bounds the copy, not the result.
 _ROWS = 4096
+LARGEST = 32767  # magnitude of a quantised number: kLargest in csrc/quantized_update.h
 
 
 def moments_update(x: Tensor, count: Tensor, mean: Tensor, scatter: list[Tensor], group: Tensor | None = None) -> None:
@@ -30,6 +31,33 @@ def moments_update(x: Tensor, count: Tensor, mean: Tensor, scatter: list[Tensor]
         # A general matrix product may round (i, j) and (j, i) apart.
         scatter[g] += product.triu() + product.triu(1).T
         settle(len(rows), center, centered.sum(0), count[g], mean[g], scatter[g])
+
+
+def quantized_update(
+    x: Tensor,
+    scale: float,
+    count: Tensor,
+    total: Tensor,
+    clipped: Tensor,
+    product: list[Tensor],
+    group: Tensor | None = None,
+) -> None:
+    """Add the rows of each group g, as integers, to count[g], total[g] and product[g].
+
+    Args:
+        x: (n, d) rows, any float dtype, no NaN. scale: what an integer of one stands for.
+        count, clipped: (G,) int64; total: (G, d) int64; product: G tensors (d, d) int64. All are updated in place.
+        group: (n,) int64 in [0, G), or None where G = 1.
+    """
+    for g, block in _by_group(x, len(product), group):
+        scaled = block.to(torch.float64) / scale
+        bounded = scaled.clamp(-LARGEST, LARGEST)
+        rows = bounded.round()
+        count[g] += len(rows)
+        clipped[g] += (bounded != scaled).sum()
+        # Integers below 2^53, and so exact in float64 in whatever order they are added.
+        total[g] += rows.sum(0).long()
+        product[g] += (rows.T @ rows).long()
 
 
 def project(x: Tensor, basis: Tensor, center: Tensor) -> Tensor:
