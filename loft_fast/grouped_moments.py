@@ -224,7 +224,7 @@ def _index_groups(group: Tensor | Sequence[Key], n: int) -> tuple[list[Key], Ten
             raise InputError(f"group: got dtype {group.dtype}, expected integer keys")
         flat = group.detach().reshape(-1)
         _check_length(len(flat), n)
-        keys, index = torch.unique(flat, return_inverse=True)
+        keys, index = _distinct(flat)
         return [int(key) for key in keys.tolist()], index
     if isinstance(group, str) or not isinstance(group, Iterable):
         raise InputError(f"group: got {type(group).__name__}, expected one key per row ({n})")
@@ -235,6 +235,18 @@ def _index_groups(group: Tensor | Sequence[Key], n: int) -> tuple[list[Key], Ten
         raise InputError(f"group: got the key {wrong[0]!r}, expected integers or strings")
     position = {key: i for i, key in enumerate(dict.fromkeys(listed))}
     return list(position), torch.tensor([position[key] for key in listed], dtype=torch.int64)
+
+
+def _distinct(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Distinct keys in order, and for each of n keys where it stands among them: (n,) int64."""
+    if len(keys) and keys.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
+        low, high = (int(bound) for bound in torch.aminmax(keys))
+        if high - low < len(keys):  # class indices: marking them off costs less than sorting
+            place = keys.long() - low
+            there = torch.zeros(high - low + 1, dtype=torch.bool, device=keys.device)
+            there[place] = True
+            return there.nonzero().flatten() + low, (there.cumsum(0) - 1)[place]
+    return torch.unique(keys, return_inverse=True)
 
 
 def _plain(key: Any) -> Any:

@@ -404,3 +404,14 @@ def test_subtracting_groups_that_are_not_there():
 def test_wrong_dim(dim):
     with pytest.raises(InputError, match="dim: got"):
         GroupedMoments(dim)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool], ids=str)
+@pytest.mark.parametrize("spread", [1, 3, 40, 10**12], ids="keys up to {}".format)
+def test_keys_of_any_integer_type_and_range(dtype, spread):
+    keys = (torch.randint(0, 4, (50,), generator=torch.Generator().manual_seed(0)) * spread - spread).to(dtype)
+    x = normal(50, 3)
+    moments = GroupedMoments(3).update(x, keys)
+    assert moments.keys() == sorted({int(key) for key in keys})
+    for key in moments:
+        check_moments(moments[key], x[keys == key], 1e-14, among=x)
