@@ -46,7 +46,10 @@ def test_bfloat16(shape, benchmark):
     x = features(*shape, seed=0).bfloat16()
     off = error(ours(x).covariance(), x)
     assert off < 4e-6
-    rivals = {"torch bfloat16 X^T X, not centred": Rival(lambda: x.T @ x, target=1.7)}
+    rivals = {
+        "torch bfloat16 X^T X, not centred": Rival(lambda: x.T @ x, target=1.7),
+        "torch.cov of float32 copies": Rival(lambda: torch.cov(x.float().T)),
+    }
     compete(benchmark, f"bfloat16 {shape[0]} x {shape[1]}", lambda: ours(x), rivals, off, rounds=3)
 
 

@@ -23,6 +23,10 @@ std::vector<T*> pointers(const std::vector<uintptr_t>& addresses) {
     return result;
 }
 
+loft_fast::Rows rows_at(uintptr_t x, int dtype, int64_t n, int64_t d, int64_t row_stride, int64_t col_stride) {
+    return {reinterpret_cast<const void*>(x), static_cast<loft_fast::DType>(dtype), n, d, row_stride, col_stride};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
@@ -31,11 +35,10 @@ PYBIND11_MODULE(_native, module) {
         "moments_update",
         [](uintptr_t x, int dtype, int64_t n, int64_t d, int64_t row_stride, int64_t col_stride, uintptr_t group,
            uintptr_t count, uintptr_t mean, const std::vector<uintptr_t>& scatter, int threads) {
-            const loft_fast::Rows rows{reinterpret_cast<const void*>(x), static_cast<loft_fast::DType>(dtype), n, d,
-                                       row_stride, col_stride};
+            const auto rows = rows_at(x, dtype, n, d, row_stride, col_stride);
             loft_fast::moments_update(rows, reinterpret_cast<const int64_t*>(group),
-                                      reinterpret_cast<int64_t*>(count), reinterpret_cast<double*>(mean), pointers<double>(scatter),
-                                      threads);
+                                      reinterpret_cast<int64_t*>(count), reinterpret_cast<double*>(mean),
+                                      pointers<double>(scatter), threads);
         },
         py::call_guard<py::gil_scoped_release>());
     module.def(
@@ -43,8 +46,7 @@ PYBIND11_MODULE(_native, module) {
         [](uintptr_t x, int dtype, int64_t n, int64_t d, int64_t row_stride, int64_t col_stride, double inverse,
            uintptr_t group, uintptr_t count, uintptr_t total, uintptr_t clipped, const std::vector<uintptr_t>& product,
            int threads) {
-            const loft_fast::Rows rows{reinterpret_cast<const void*>(x), static_cast<loft_fast::DType>(dtype), n, d,
-                                       row_stride, col_stride};
+            const auto rows = rows_at(x, dtype, n, d, row_stride, col_stride);
             loft_fast::quantized_update(rows, inverse, reinterpret_cast<const int64_t*>(group),
                                         reinterpret_cast<int64_t*>(count), reinterpret_cast<int64_t*>(total),
                                         reinterpret_cast<int64_t*>(clipped), pointers<int64_t>(product), threads);
@@ -54,8 +56,7 @@ PYBIND11_MODULE(_native, module) {
         "project",
         [](uintptr_t x, int dtype, int64_t n, int64_t d, int64_t row_stride, int64_t col_stride, uintptr_t basis,
            uintptr_t center, int64_t s, uintptr_t out, int threads) {
-            const loft_fast::Rows rows{reinterpret_cast<const void*>(x), static_cast<loft_fast::DType>(dtype), n, d,
-                                       row_stride, col_stride};
+            const auto rows = rows_at(x, dtype, n, d, row_stride, col_stride);
             loft_fast::project(rows, reinterpret_cast<const void*>(basis), reinterpret_cast<const void*>(center), s,
                                reinterpret_cast<void*>(out), threads);
         },

@@ -60,7 +60,9 @@ class Merge {
         for (int64_t j = 0; j < columns; ++j) center[j] = static_cast<T>(value_of(first[j * stride]) + sum[j] / n);
     }
 
-    LOFT_INLINE void open(int64_t chunk) { std::fill_n(sums_.data() + chunk * panels_ * kWidth, panels_ * kWidth, 0.0); }
+    LOFT_INLINE void open(int64_t chunk) {
+        std::fill_n(sums_.data() + chunk * panels_ * kWidth, panels_ * kWidth, 0.0);
+    }
 
     // Rows less the reference of their block; and their sum.
     LOFT_INLINE void place(const In* values, int64_t stride, int64_t columns, int64_t p, int slot, int64_t chunk,
@@ -91,7 +93,8 @@ class Merge {
         for (int64_t j = 0; j < d_; ++j) {
             double sum = 0;
             for (int64_t c = 0; c < chunks_of(block.n); ++c) sum += sums_[c * panels_ * kWidth + j];
-            const double center = slot.center[j] - origin_[j] + sum / n, delta = block.before ? center - mean_[j] : 0.0;
+            const double center = slot.center[j] - origin_[j] + sum / n;
+            const double delta = block.before ? center - mean_[j] : 0.0;
             slot.within[j] = sum / std::sqrt(n);
             slot.between[j] = delta * std::sqrt(before * n / total);
             mean_[j] = block.before ? mean_[j] + delta * (n / total) : center;

@@ -18,7 +18,7 @@ class Peak {
 
   public:
     struct Scratch {
-        float result = 0;
+        float result;
     };
 
     explicit Peak(int64_t count) : steps_(count / (kSums * Shape<float, Bytes>::lanes) + 1) {}
@@ -26,13 +26,9 @@ class Peak {
     LOFT_INLINE void work(Scratch& own) {
         V sum[kSums] = {}, factor = V{} + 0.5f, more = V{} + own.result;
         while (taken_.fetch_add(kSteps) < steps_)
-            for (int64_t step = 0; step < kSteps; ++step) {
+            for (int64_t step = 0; step < kSteps; ++step)
                 for (int i = 0; i < kSums; ++i) sum[i] = sum[i] * factor + more;
-#if defined(__GNUC__)
-                asm volatile("");  // not to be worked out beforehand
-#endif
-            }
-        for (int i = 0; i < kSums; ++i) own.result += reinterpret_cast<const float*>(sum)[i * Shape<float, Bytes>::lanes];
+        for (const V& one : sum) own.result += *reinterpret_cast<const float*>(&one);
     }
 
   private:
@@ -44,7 +40,8 @@ template <int Bytes>
 void run(int64_t count, int threads) {
     Peak<Bytes> peak(count);
     in_parallel(std::max(1, threads), [&] {
-        typename Peak<Bytes>::Scratch own;
+        volatile float start = 0.25f;  // or it could be worked out beforehand
+        typename Peak<Bytes>::Scratch own{start};
         work<Bytes>(peak, own);
         volatile float kept = own.result;  // or nothing would have to be computed
         (void)kept;

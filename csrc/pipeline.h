@@ -44,7 +44,7 @@ struct Source {
     }
 };
 
-// Row i of panel p, (rows, width), is at i * width.
+// A panel holds `width` columns of a block, row by row: (rows, width).
 constexpr int64_t panels_of(int64_t d, int width) { return (d + width - 1) / width; }
 constexpr int64_t chunks_of(int64_t rows) { return (rows + kChunk - 1) / kChunk; }
 
@@ -61,7 +61,8 @@ constexpr int64_t chunks_of(int64_t rows) { return (rows + kChunk - 1) / kChunk;
 //     open(chunk)               rows of this chunk come next
 //     place(values, stride, columns, panel, slot, chunk, out)   pack some columns of a row
 //     finish(block, slot)       all rows are packed
-//     settle(block, slot, p, q, acc)   the product of panels p and q
+//     fetch(block, p, q)        the product of panels p and q will be needed soon
+//     settle(block, slot, p, q, acc)   here it is
 template <typename Job>
 class Pipeline {
     using In = typename Job::Input;

@@ -75,11 +75,12 @@ class Projector {
 
     LOFT_INLINE void run(int64_t start, Scratch& own) {
         const int64_t n = std::min(block_rows(), x_.n - start);
-        x_.col_stride == 1 ? center(start, n, 1, own.centered.get()) : center(start, n, x_.col_stride, own.centered.get());
+        T* centered = own.centered.get();
+        x_.col_stride == 1 ? center(start, n, 1, centered) : center(start, n, x_.col_stride, centered);
         alignas(64) T acc[kWidth * kWidth];
         for (int64_t p = 0; p < inner_; ++p)
             for (int64_t top = 0; top < n; top += kWidth) {
-                multiply<T, Bytes>(own.centered.get() + top * d_, columns_.get() + p * kWidth * d_, d_, acc);
+                multiply<T, Bytes>(centered + top * d_, columns_.get() + p * kWidth * d_, d_, acc);
                 T* to = own.coordinates.get() + top * s_;
                 for (int64_t i = 0; i < kWidth; ++i)
                     for (int64_t c = p * kWidth; c < std::min(s_, (p + 1) * kWidth); ++c)

@@ -162,6 +162,7 @@ def full(*shape, fill=0, dtype=torch.int64):
         ({"x": [[1.0]]}, "x: got list"),
         ({"x": torch.zeros(6)}, r"x: got shape \(6,\), expected \(n, d\)"),
         ({"x": torch.zeros(5, 6, dtype=torch.int32)}, "x: got torch.int32"),
+        ({"x": torch.zeros(5, 0)}, r"x: got shape \(5, 0\), expected \(n, d\) with d >= 1"),
         ({"x": torch.tensor([[0.0] * 6, [float("nan")] * 6])}, "x: 1 of 2 rows contain NaN"),
         ({"scale": 1}, "scale: got 1, expected a power of two"),
         ({"scale": 0.3}, "scale: got 0.3, expected a power of two"),

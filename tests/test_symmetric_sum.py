@@ -38,6 +38,10 @@ def test_it_is_the_sum_in_the_order_given(backend, count, d, monkeypatch):
     assert all(torch.equal(matrix, old) for matrix, old in zip(matrices, before, strict=True))
 
 
+def test_opcheck():
+    torch.library.opcheck(torch.ops.loft_fast.symmetric_sum.default, (torch.zeros(5, 5).double(), symmetric(3, 5)))
+
+
 @pytest.mark.parametrize(
     ("out", "matrix", "message"),
     [

@@ -43,7 +43,21 @@ def quantized_update(
         InputError: an argument has a wrong type, shape, dtype, device, layout or value, x has NaN, or a group would
             have more than 2^31 rows; the state is unchanged.
     """
-    _check(x, scale, count, total, clipped, product, group)
+    check_tensor("x", x, (None, None), backends.FLOATS, x)
+    n, d = x.shape
+    if d == 0:
+        raise InputError(f"x: got shape {tuple(x.shape)}, expected (n, d) with d >= 1")
+    if not isinstance(scale, float) or not 2.0**-500 <= scale <= 2.0**500 or math.frexp(scale)[0] != 0.5:
+        raise InputError(f"scale: got {scale!r}, expected a power of two between 2^-500 and 2^500, a float")
+    if not isinstance(product, list | tuple) or not product:
+        raise InputError(f"product: got {product!r}, expected a list of one ({d}, {d}) tensor per group")
+    groups = len(product)
+    check_state("count", count, (groups,), torch.int64, x)
+    check_state("total", total, (groups, d), torch.int64, x)
+    check_state("clipped", clipped, (groups,), torch.int64, x)
+    for g, matrix in enumerate(product):
+        check_state(f"product[{g}]", matrix, (d, d), torch.int64, x)
+    check_group(group, n, groups, x)
     torch.ops.loft_fast.quantized_update(x.detach(), scale, count, total, clipped, list(product), group)
 
 
@@ -77,15 +91,7 @@ def _op(
 
 
 @_op.register_fake
-def _fake(
-    x: Tensor,
-    scale: float,
-    count: Tensor,
-    total: Tensor,
-    clipped: Tensor,
-    product: list[Tensor],
-    group: Tensor | None,
-) -> None:
+def _fake(*_: object) -> None:
     return None
 
 
@@ -113,28 +119,3 @@ def _native(
 
 
 backends.implements(_OP, "torch")(reference.quantized_update)
-
-
-def _check(
-    x: Tensor,
-    scale: float,
-    count: Tensor,
-    total: Tensor,
-    clipped: Tensor,
-    product: list[Tensor],
-    group: Tensor | None,
-) -> None:
-    """Everything that shapes and types can tell; raises InputError."""
-    check_tensor("x", x, (None, None), backends.FLOATS, x)
-    n, d = x.shape
-    if not isinstance(scale, float) or not 2.0**-500 <= scale <= 2.0**500 or math.frexp(scale)[0] != 0.5:
-        raise InputError(f"scale: got {scale!r}, expected a power of two between 2^-500 and 2^500, a float")
-    if not isinstance(product, list | tuple) or not product:
-        raise InputError(f"product: got {product!r}, expected a list of one ({d}, {d}) tensor per group")
-    groups = len(product)
-    check_state("count", count, (groups,), torch.int64, x)
-    check_state("total", total, (groups, d), torch.int64, x)
-    check_state("clipped", clipped, (groups,), torch.int64, x)
-    for g, matrix in enumerate(product):
-        check_state(f"product[{g}]", matrix, (d, d), torch.int64, x)
-    check_group(group, n, groups, x)

@@ -29,7 +29,19 @@ def symmetric_sum(out: Tensor, matrices: list[Tensor]) -> None:
         check_tensor(name, matrix, (len(out), len(out)), (torch.float64,), out)
         if not matrix.is_contiguous():
             raise InputError(f"{name}: got strides {tuple(matrix.stride())}, expected a contiguous tensor")
+    torch.ops.loft_fast.symmetric_sum(out, list(matrices))
+
+
+@torch.library.custom_op(
+    "loft_fast::symmetric_sum", mutates_args=("out",), schema="(Tensor(a!) out, Tensor[] matrices) -> ()"
+)
+def _op(out: Tensor, matrices: list[Tensor]) -> None:
     backends.implementation(_OP, out.device, out.dtype)(out, matrices)
+
+
+@_op.register_fake
+def _fake(out: Tensor, matrices: list[Tensor]) -> None:
+    return None
 
 
 @backends.implements(_OP, "native", devices=("cpu",), dtypes=(torch.float64,))
