@@ -77,8 +77,8 @@ class Merge {
     }
 
     // The scatter about the state's mean is that about the reference less `within` plus `between`, each a vector times
-    // itself (Chan, Golub and LeVeque). Means are offsets from the group's first row until the end: whatever their size,
-    // they keep their digits.
+    // itself (Chan, Golub and LeVeque). Means are offsets from the group's first row until the end: however large they
+    // are, they keep their digits.
     LOFT_INLINE void finish(const Block& block, int which) {
         Slot& slot = slots_[which];
         double* state = state_.mean + block.group * d_;
