@@ -14,10 +14,11 @@ from loft_fast.errors import InputError
 from loft_fast.frontier import Frontier
 from loft_fast.goals import Distance
 from loft_fast.grouped_moments import GroupedMoments
-from loft_fast.moments import Moments, lasting
+from loft_fast.moments import Moments
 from loft_fast.objective import About, build_objective, pooled
 from loft_fast.projection import Projection
 from loft_fast.solver import AT_RANK, certify, check_number, searched
+from loft_fast.state import lasting
 
 _LARGE = 512  # features from which on one problem keeps all threads busy
 _STACK = 1 << 20  # bytes of one matrix of a stack: it is to stay in the cache

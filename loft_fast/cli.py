@@ -86,6 +86,14 @@ def _parser() -> argparse.ArgumentParser:
     fetch.add_argument("--site", help="module whose input, or NAME:output, to look at (default: the last linear layer)")
     fetch.add_argument("--group", default="label", help="label, prediction, or a key of the batches (default: label)")
     fetch.add_argument("--device", help="where to run, as torch names it")
+    fetch.add_argument(
+        "--exact",
+        nargs="?",
+        type=float,
+        const=True,
+        metavar="LARGEST",
+        help="keep integers, so that removal is bit for bit; features above LARGEST are clipped (default: calibrated)",
+    )
     fetch.add_argument("--out", type=Path, required=True, help="moments file to write")
     fetch.set_defaults(run=_fetch)
 
@@ -139,11 +147,16 @@ def _report(options: argparse.Namespace) -> tuple[Any, str]:
 def _fetch(options: argparse.Namespace) -> tuple[Any, str]:
     files.writable_folder("--out", options.out.parent)
     model, loader = _model(options.model), _load("LOADER", options.loader)
-    moments = fetch_moments(model, loader, options.site, options.group, options.device, progress=not options.quiet)
+    moments = fetch_moments(
+        model, loader, options.site, options.group, options.device, not options.quiet, options.exact
+    )
     assert isinstance(moments, GroupedMoments)
     moments.save(options.out)
     groups = {str(key): moments[key].count for key in moments}
-    result = {"file": str(options.out), "site": moments.site, "dim": moments.dim, "count": moments.count}
+    result: dict[str, Any] = {"file": str(options.out), "site": moments.site}
+    result |= {"dim": moments.dim, "count": moments.count}
+    if moments.exact is not None:
+        result.update(exact=moments.exact, clipped=moments.clipped)
     words = f"{moments.count} rows of {moments.dim} features at {moments.site} in {options.out}\n"
     return {**result, "groups": groups}, words + ", ".join(f"{key}: {count}" for key, count in groups.items())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,6 +16,8 @@ from loft_fast.grouped_moments import GroupedMoments
 from loft_fast.moments import Moments
 from loft_fast.sites import Site, device_of, evaluating, find_site, unwrap
 
+log = logging.getLogger("loft_fast")
+
 
 def fetch_moments(
     model: nn.Module,
@@ -23,6 +26,7 @@ def fetch_moments(
     group: batches.Group | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
+    exact: float | bool | None = None,
 ) -> Moments | GroupedMoments:
     """Moments of the features at `site` over all batches.
 
@@ -40,6 +44,7 @@ def fetch_moments(
             "auto": by label or prediction if there is one per sample, else `Moments`.
         device: where to run, default: where the model is. The moments stay there.
         progress: show a progress bar.
+        exact: as for `Moments`; a warning in the log says so if features were clipped.
 
     Raises:
         SiteError: no such site, never reached, or not a float tensor.
@@ -70,7 +75,7 @@ def fetch_moments(
                 for features in caught:
                     if result is None:
                         kind = Moments if keys is None else GroupedMoments
-                        result = kind(features.shape[place.channel_dim(features)], features.device)
+                        result = kind(features.shape[place.channel_dim(features)], features.device, exact)
                     try:
                         _add(result, place, features, keys, batches.attention_mask(batch))
                     except InputError as error:
@@ -83,6 +88,8 @@ def fetch_moments(
     if result is None:
         raise InputError("loader: it yielded no batches, expected at least one")
     result.site = str(place)
+    if result.clipped:
+        log.warning("%d feature values above exact=%g were clipped", result.clipped, result.exact)
     return result
 
 

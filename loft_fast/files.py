@@ -1,19 +1,24 @@
-"""One way to write and read the package's files: safetensors, a JSON-able header, written whole or not at all."""
+"""One way to write and read the package's files: safetensors, a header, a digest, written whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
 from loft_fast.errors import FileFormatError, InputError
 
-SCHEMA = "1"
+SCHEMA = "2"
+_DIGEST = "sha256"
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
@@ -49,17 +54,26 @@ def write_tensors(
     path: str | os.PathLike[str], kind: str, tensors: dict[str, Tensor], header: dict[str, str] | None = None
 ) -> None:
     """Save `tensors` as one safetensors file that says it is a `kind` (such as "moments") of this schema."""
+    write_bytes(path, to_bytes(kind, tensors, header))
+
+
+def to_bytes(kind: str, tensors: dict[str, Tensor], header: dict[str, str] | None = None) -> bytes:
+    """The content of such a file."""
+    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"format": f"loft_fast.{kind}", "schema": SCHEMA, **(header or {})}
-    write_bytes(path, serialize({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata))
+    return serialize(kept, {**metadata, _DIGEST: _digest(kept, metadata)})
 
 
 def read_tensors(
-    path: str | os.PathLike[str], kind: str, names: tuple[str, ...]
+    path: str | os.PathLike[str], kind: str, names: tuple[str, ...] | Callable[[dict[str, str]], tuple[str, ...]]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors called `names` and the header of a file that `write_tensors` made for the same `kind`.
+    """The tensors and the header of a file that `write_tensors` made for the same `kind`.
+
+    Args:
+        names: of the tensors that must be there, or a function that tells from the header.
 
     Raises:
-        FileFormatError: no such file, truncated, not safetensors, or of another kind or schema.
+        FileFormatError: no such file, truncated, damaged, not safetensors, or of another kind or schema.
     """
     wanted = f"loft_fast.{kind}"
     try:
@@ -72,12 +86,26 @@ def read_tensors(
                 raise FileFormatError(
                     f"path: {str(path)!r} has schema {header.get('schema')!r}, this version reads {SCHEMA!r}"
                 )
+            names = names if isinstance(names, tuple) else names(header)
             missing = sorted(set(names) - set(file.keys()))
             if missing:
                 raise FileFormatError(f"path: {str(path)!r} lacks {', '.join(missing)}")
-            return {name: file.get_tensor(name) for name in names}, header
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
     except (OSError, SafetensorError) as error:
         raise FileFormatError(f"path: cannot read {str(path)!r} as {wanted}: {error}") from error
+    if header.pop(_DIGEST, "") != _digest(tensors, header):
+        raise FileFormatError(f"path: {str(path)!r} is damaged: its content is not what was written")
+    return {name: tensors[name] for name in names}, header
+
+
+def _digest(tensors: dict[str, Tensor], header: dict[str, str]) -> str:
+    """SHA-256 of all that a file holds: safetensors itself does not notice a flipped bit."""
+    names = sorted(tensors)
+    layout = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in names]
+    found = hashlib.sha256(json.dumps([sorted(header.items()), layout]).encode())
+    for name in names:
+        found.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def writable_folder(name: str, folder: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,8 +12,19 @@ import torch
 from torch import Tensor
 
 from loft_fast import files
-from loft_fast.errors import FileFormatError, InputError
-from loft_fast.moments import Moments, accumulate, as_rows, pack, pool, restore, subtract
+from loft_fast.errors import InputError
+from loft_fast.moments import (
+    Moments,
+    accumulate,
+    as_rows,
+    check_kind,
+    contradiction,
+    describe,
+    pool,
+    restore,
+    subtract,
+    tensor_names,
+)
 
 Key = int | str
 
@@ -26,13 +38,14 @@ class GroupedMoments:
     Args:
         dim: number of features d, at least 1.
         device: where the states live. Default: the CPU.
+        exact: as for `Moments`; one scale for all groups.
 
     Raises:
         InputError: on any call with bad input; no group has changed then.
     """
 
-    def __init__(self, dim: int, device: torch.device | str | None = None) -> None:
-        self._empty = Moments(dim, device)
+    def __init__(self, dim: int, device: torch.device | str | None = None, exact: float | bool | None = None) -> None:
+        self._empty = Moments(dim, device, exact)
         self._parts: dict[Key, Moments] = {}
 
     @property
@@ -59,6 +72,16 @@ class GroupedMoments:
         """Rows over all groups."""
         return sum(part.count for part in self._parts.values())
 
+    @property
+    def exact(self) -> float | bool | None:
+        """None for float64; True before calibration; else the largest magnitude that is not clipped."""
+        return self._empty.exact
+
+    @property
+    def clipped(self) -> int:
+        """Feature values that were too large for `exact`, and were clipped."""
+        return sum(part.clipped for part in self._parts.values())
+
     def keys(self) -> list[Key]:
         """All keys, integers in order, then strings in order: the same whatever the order of the stream."""
         return sorted(self._parts, key=lambda key: (isinstance(key, str), key))
@@ -78,7 +101,8 @@ class GroupedMoments:
         return len(self._parts)
 
     def __repr__(self) -> str:
-        return f"GroupedMoments(dim={self.dim}, groups={len(self)}, count={self.count})"
+        exact = "" if self.exact is None else f", exact={self.exact}, clipped={self.clipped}"
+        return f"GroupedMoments(dim={self.dim}, groups={len(self)}, count={self.count}{exact})"
 
     # ---- the stream ----
 
@@ -88,14 +112,16 @@ class GroupedMoments:
         keys, index = _index_groups(group, len(rows))
         if not len(rows):
             return self
-        parts = [self._parts.get(key) or Moments(self.dim, self.device) for key in keys]
+        empty = self._empty._blank(rows)
+        parts = [self._parts[key] if key in self._parts else empty.copy() for key in keys]
         accumulate(parts, rows, index.to(self.device))
+        self._empty = empty
         self._parts.update(zip(keys, parts, strict=True))
         return self
 
     def remove(self, x: Tensor, group: Tensor | Sequence[Key]) -> GroupedMoments:
-        """Take away rows that were added before, each from its group; the inverse of `update` up to rounding."""
-        return self._become(self._minus(GroupedMoments(self.dim, self.device).update(x, group), "x", "group"))
+        """Take away rows that were added before, each from its group; as for `Moments`."""
+        return self._become(self._minus(self._blank().update(x, group), "x", "group"))
 
     def merge(self, other: GroupedMoments) -> GroupedMoments:
         """Add all groups of `other`, key by key, in place. Returns self."""
@@ -106,9 +132,12 @@ class GroupedMoments:
     def __add__(self, other: GroupedMoments) -> GroupedMoments:
         self._check_partner(other)
         result = self.select(self.keys())
+        if self.exact is True:
+            result._empty = self._empty._with(other._empty._state)
         for key in other:
-            theirs = other._parts[key]
-            result._parts[key] = result._parts[key] + theirs if key in result else theirs.copy()
+            result._parts[key] = pool(
+                [result._parts.get(key, result._empty), other._parts[key]], f"other (group {key!r})"
+            )
         return result
 
     def __sub__(self, other: GroupedMoments) -> GroupedMoments:
@@ -123,15 +152,20 @@ class GroupedMoments:
         return result
 
     def _become(self, other: GroupedMoments) -> GroupedMoments:
-        self._parts = other._parts
+        self._empty, self._parts = other._empty, other._parts
         return self
+
+    def _blank(self) -> GroupedMoments:
+        """No groups, of the same kind."""
+        result = object.__new__(type(self))
+        result._empty, result._parts = self._empty.copy(), {}
+        return result
 
     # ---- groups in and out ----
 
     def select(self, keys: Iterable[Key]) -> GroupedMoments:
         """Only these groups; memory is shared with self until one of the two changes."""
-        result = GroupedMoments(self.dim, self.device)
-        result.site = self.site
+        result = self._blank()
         result._parts = {key: self._parts[key].copy() for key in self._known(keys)}
         return result
 
@@ -142,9 +176,7 @@ class GroupedMoments:
 
     def total(self) -> Moments:
         """Moments of all rows. On the CPU bit for bit the same whether a group was never seen or forgotten."""
-        result = pool([self._empty, *(self._parts[key] for key in self.keys())])
-        result.site = self.site
-        return result
+        return pool([self._empty, *(self._parts[key] for key in self.keys())], "total")
 
     def forget(self, keys: Iterable[Key]) -> GroupedMoments:
         """Drop these groups for good. Returns self."""
@@ -165,51 +197,44 @@ class GroupedMoments:
             raise InputError(f"other: got {type(other).__name__}, expected GroupedMoments")
         if other.dim != self.dim:
             raise InputError(f"other: got dim {other.dim}, expected {self.dim}")
+        check_kind(self.exact, other.exact)
 
     # ---- files ----
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, whole or not at all."""
         keys = self.keys()
-        parts = [self._parts[key] for key in keys]
-        tensors = {
-            "count": torch.tensor([part.count for part in parts], dtype=torch.int64),
-            "mean": _stack([part.mean for part in parts], self.dim),
-            "scatter": _stack([pack(part.scatter) for part in parts], self.dim * (self.dim + 1) // 2),
-        }
-        residue = max((part._residue for part in parts), default=0.0)
-        header = {"keys": json.dumps(keys), "dim": str(self.dim), "residue": repr(residue), "site": self.site or ""}
-        files.write_tensors(path, "grouped_moments", tensors, header)
+        tensors, header = describe([self._parts[key] for key in keys], self._empty)
+        files.write_tensors(path, "grouped_moments", tensors, {"keys": json.dumps(keys), **header})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str | None = None) -> GroupedMoments:
         """Read what `save` wrote.
 
         Raises:
-            FileFormatError: the file is missing, truncated, foreign or inconsistent.
+            FileFormatError: the file is missing, truncated, damaged, foreign or inconsistent.
         """
-        tensors, header = files.read_tensors(path, "grouped_moments", ("count", "mean", "scatter"))
-        count, mean, scatter = tensors["count"], tensors["mean"], tensors["scatter"]
+        tensors, header = files.read_tensors(path, "grouped_moments", tensor_names)
+        empty, parts = restore(path, tensors, header, device)
         try:
             keys = json.loads(header["keys"])
-            dim = int(header["dim"])
             fits = isinstance(keys, list) and all(type(key) in (int, str) for key in keys)
-            fits = fits and len(set(keys)) == len(keys) and count.dtype == torch.int64
+            fits = fits and len(set(keys)) == len(keys) == len(parts)
         except (KeyError, ValueError, RecursionError):  # the last from brackets without end
             fits = False
-        if not fits or dim < 1 or count.shape != (len(keys),) or mean.shape != (len(keys), dim):
-            raise FileFormatError(f"path: {str(path)!r} holds groups that contradict themselves")
-        if scatter.shape[:1] != (len(keys),) or scatter.ndim != 2:
-            raise FileFormatError(f"path: {str(path)!r} holds groups that contradict themselves")
-        result = cls(dim, device)
-        result.site = header.get("site") or None
-        for i, key in enumerate(keys):
-            result._parts[key] = restore(path, int(count[i]), mean[i], scatter[i], header, device)
+        if not fits:
+            raise contradiction(path)
+        result = object.__new__(cls)
+        result._empty, result._parts = empty, dict(zip(keys, parts, strict=True))
         return result
 
+    def digest(self) -> str:
+        """SHA-256 of all groups and their keys, in hexadecimal; of exact moments the same if and only if the rows are.
 
-def _stack(rows: list[Tensor], width: int) -> Tensor:
-    return torch.stack(rows) if rows else torch.zeros(0, width, dtype=torch.float64)
+        As for `Moments`; groups of no rows do not matter.
+        """
+        parts = [[key, self._parts[key].digest()] for key in self.keys() if self._parts[key].count]
+        return hashlib.sha256(json.dumps([self.dim, self.exact, parts]).encode()).hexdigest()
 
 
 def _preview(keys: list[Key]) -> str:

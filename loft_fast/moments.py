@@ -1,57 +1,52 @@
-"""Count, mean and scatter of a stream of rows, which merge and come apart again exactly as the sets of rows do.
-
-Merging is the identity of Chan, Golub and LeVeque (1979, 1983); read backwards it removes. Every block is centred on
-its own mean before it is multiplied, so a mean far larger than the spread costs no digits.
-"""
+"""Count, mean and scatter of a stream of rows, which merge and come apart again exactly as the sets of rows do."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
-from collections.abc import Callable
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from loft_fast import backends, files, ops
+from loft_fast import backends, files
 from loft_fast.backends import FLOATS
 from loft_fast.errors import FileFormatError, InputError
+from loft_fast.float_state import FloatState
+from loft_fast.integer_state import IntegerState, check_exact
 from loft_fast.ops.reference import square
+from loft_fast.state import State, lasting, pack, unpack
 from loft_fast.waiting import Waiting
 
-# The largest magnitudes whose squares a kernel can sum over a block without overflow, in float64 and in float32.
-_LARGEST_DOUBLE, _LARGEST_FLOAT = 1e150, 1e17
-# Relative errors of a variance (512 additions in float32: 3e-5 at worst, in the whole and again in what is removed)
-# and, after a long stream, of a mean: a removal that leaves a variance further below zero than they explain took away
-# rows that were never there.
-_VARIANCE_ERROR, _MEAN_ERROR = 1e-4, 1e-12
-_MANY = 16  # rows a feature that cost more to look through than a state to put aside
+_MOST_FEATURES = 2**20  # that a file may claim: a state without rows costs memory, too, and its matrix none in a file
 # Reading may finish an update, and two threads may read at once.
 _SETTLING = threading.Lock()
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-def lasting(function: _Function) -> _Function:
-    """Run `function` without inference mode and autograd: its tensors may be changed and used anywhere later."""
-    return torch.inference_mode(False)(torch.no_grad()(function))
-
 
 class Moments:
-    """Streaming count, mean and scatter of rows in R^dim, state in float64.
+    """Streaming count, mean and scatter of rows in R^dim.
 
     Updates of a few rows are collected, and worked off together once there are about d of them or when `mean` or
     `scatter` is needed: the result is that of one update with all of them.
 
+    Exact moments hold features as 16-bit integers, and sums of them: their state is bit for bit the same for the same
+    rows, whatever their order, batches, threads, workers and merges, and whichever other rows were added and removed
+    in between. A step is at most `exact` / 16383; as with any rounding, variances grow by about a
+    twelfth of its square. At most 2^32 rows.
+
     Args:
         dim: number of features d, at least 1.
         device: where the state lives; blocks are moved there. Default: the CPU.
+        exact: None keeps the state in float64. A number keeps integers, for features up to this magnitude: larger ones
+            are clipped and counted. True does so with twice the largest magnitude of the first update's rows; where
+            workers are to be merged, give all of them the `exact` of one.
 
     Attributes:
         count: rows seen, n.
         mean: (d,) float64, sum z / n; zeros while n = 0.
         scatter: (d, d) float64, sum (z - mean)(z - mean)^T, exactly symmetric.
+        exact: None, True before the first row, or the largest magnitude that is not clipped.
+        clipped: feature values that were too large, and were clipped.
         site: where in a model the rows came from, if `fetch_moments` or a file said so.
 
     Raises:
@@ -59,56 +54,65 @@ class Moments:
     """
 
     @lasting
-    def __init__(self, dim: int, device: torch.device | str | None = None) -> None:
+    def __init__(self, dim: int, device: torch.device | str | None = None, exact: float | bool | None = None) -> None:
         if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
             raise InputError(f"dim: got {dim!r}, expected an integer >= 1")
         self.dim = dim
-        self._seen = 0  # rows in the state that follows
-        self._mean = torch.zeros(dim, dtype=torch.float64, device=device)
-        self._scatter: Tensor | None = None  # allocated by the first row: a key costs nothing until it has data
+        self._state: State = FloatState(dim, device) if exact is None else IntegerState(dim, device, check_exact(exact))
         self._waiting = Waiting(dim)
-        self._shared = False
-        self._residue = 0.0  # what rounding in earlier removals may have left on the scatter's diagonal
         self.site: str | None = None
 
     @property
     def device(self) -> torch.device:
         """Where the state lives."""
-        return self._mean.device
+        return self._state.device
 
     @property
     def count(self) -> int:
         """Rows seen, n."""
-        return self._seen + self._waiting.count
+        return self._state.count + self._waiting.count
 
     @property
     def mean(self) -> Tensor:
         """(d,) float64, sum z / n; read only."""
-        self._settle()
-        return self._mean
+        return self._settled().mean
 
     @property
     def scatter(self) -> Tensor:
         """(d, d) float64, sum (z - mean)(z - mean)^T, exactly symmetric; read only."""
-        self._settle()
-        if self._scatter is None:
-            return torch.zeros(self.dim, self.dim, dtype=torch.float64, device=self.device)
-        return self._scatter
+        return self._settled().scatter
+
+    @property
+    def exact(self) -> float | bool | None:
+        """None for float64; True before calibration; else the largest magnitude that is not clipped."""
+        return self._state.exact
+
+    @property
+    def clipped(self) -> int:
+        """Feature values that were too large for `exact`, and were clipped."""
+        return self._settled().clipped
 
     def __repr__(self) -> str:
-        return f"Moments(dim={self.dim}, count={self.count}, device={str(self.device)!r})"
+        exact = "" if self.exact is None else f", exact={self.exact}, clipped={self.clipped}"
+        return f"Moments(dim={self.dim}, count={self.count}, device={str(self.device)!r}{exact})"
 
     # ---- the stream ----
 
     def update(self, x: Tensor) -> Moments:
         """Add rows. x: (n, d) or (..., d), any float dtype, n >= 0. Returns self."""
-        accumulate([self], as_rows(x, self.dim, self.device))
+        rows = as_rows(x, self.dim, self.device)
+        part = self if self.exact is not True else self._blank(rows)
+        accumulate([part], rows)
+        if part is not self:
+            self._become(part)
         return self
 
     def remove(self, x: Tensor) -> Moments:
-        """Take rows away that were added before; the inverse of `update` up to rounding. Returns self."""
-        rows = as_rows(x, self.dim, self.device)
-        self._become(subtract(self, Moments(self.dim, self.device).update(rows), "x"))
+        """Take rows away that were added before. Returns self.
+
+        The inverse of `update`: bit for bit where moments are exact, otherwise up to rounding.
+        """
+        self._become(subtract(self, self._blank().update(x), "x"))
         return self
 
     def merge(self, other: Moments) -> Moments:
@@ -128,46 +132,43 @@ class Moments:
 
     def copy(self) -> Moments:
         """An independent Moments with the same state; memory is shared until one of the two changes."""
-        self._settle()
-        twin = object.__new__(type(self))
-        twin.__dict__.update(self.__dict__, _waiting=Waiting(self.dim))
-        self._shared = twin._shared = True
-        return twin
+        return self._with(self._settled().twin())
+
+    def _with(self, state: State) -> Moments:
+        """Moments from the same site, with another state."""
+        new = object.__new__(type(self))
+        new.dim, new.site = self.dim, self.site
+        new._state, new._waiting = state, Waiting(self.dim)
+        return new
+
+    def _blank(self, first: Tensor | None = None) -> Moments:
+        """Moments of no rows, of the same kind and from the same site, ready for rows like those of `first`."""
+        return self._with(lasting(self._state.blank)(first))
 
     def _become(self, other: Moments) -> None:
-        other._settle()
+        state = other._settled()
         self._waiting.clear(free=True)
-        self._seen, self._mean, self._scatter = other._seen, other._mean, other._scatter
-        self._residue = other._residue
+        self._state = state.twin()
         self.site = self.site or other.site
-        self._shared = other._shared = True
-
-    def _own_scatter(self) -> Tensor:
-        """The scatter matrix, allocated and not shared with a copy, so that it may be written."""
-        if self._scatter is None:
-            self._scatter = torch.zeros(self.dim, self.dim, dtype=torch.float64, device=self.device)
-        elif self._shared:
-            self._scatter = self._scatter.clone()
-        self._shared = False
-        return self._scatter
 
     @lasting
     def _hold(self, rows: Tensor) -> None:
         """Let a few rows wait."""
         if not self._waiting.fits(rows):
-            self._settle(free=False)
+            self._settled(free=False)
         self._waiting.put(rows)
 
-    def _settle(self, free: bool = True) -> None:
-        """Work off the rows that wait, and with `free` give back their memory."""
+    def _settled(self, free: bool = True) -> State:
+        """The state, once rows that wait have been worked off; with `free`, their memory is given back."""
         if self._waiting.count:
             self._work_off(free)
+        return self._state
 
     @lasting
     def _work_off(self, free: bool) -> None:
         with _SETTLING:
             if self._waiting.count:  # or another thread was faster
-                _merge([self], self._waiting.rows)
+                self._state.add([self._state], self._waiting.rows, None)
                 self._waiting.clear(free)
 
     def _check_partner(self, other: object) -> None:
@@ -175,6 +176,7 @@ class Moments:
             raise InputError(f"other: got {type(other).__name__}, expected Moments")
         if other.dim != self.dim:
             raise InputError(f"other: got dim {other.dim}, expected {self.dim}")
+        check_kind(self.exact, other.exact)
 
     # ---- what is read off ----
 
@@ -208,18 +210,32 @@ class Moments:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, whole or not at all."""
-        header = {"count": str(self.count), "residue": repr(self._residue), "site": self.site or ""}
-        files.write_tensors(path, "moments", {"mean": self.mean, "scatter": pack(self.scatter)}, header)
+        tensors, header = describe([self], self)
+        files.write_tensors(path, "moments", tensors, header)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str | None = None) -> Moments:
         """Read what `save` wrote.
 
         Raises:
-            FileFormatError: the file is missing, truncated, foreign or inconsistent.
+            FileFormatError: the file is missing, truncated, damaged, foreign or inconsistent.
         """
-        tensors, header = files.read_tensors(path, "moments", ("mean", "scatter"))
-        return restore(path, int_header(path, header, "count"), tensors["mean"], tensors["scatter"], header, device)
+        _, parts = restore(path, *files.read_tensors(path, "moments", tensor_names), device)
+        if len(parts) != 1:
+            raise contradiction(path)
+        return parts[0]
+
+    def digest(self) -> str:
+        """SHA-256 of the state, in hexadecimal. Of exact moments: the same if and only if the rows are.
+
+        That is, as integers, and up to what no sum and no products tell apart. Where they came from does not matter.
+        """
+        state = self._settled()
+        about = f"{self.dim} {self.exact} {self.count} {self.clipped} "
+        found = hashlib.sha256(about.encode())
+        for tensor in (state.vector, pack(state.read_matrix())):
+            found.update(tensor.cpu().numpy().tobytes())
+        return found.hexdigest()
 
 
 # ---- shared with GroupedMoments ----
@@ -246,10 +262,13 @@ def accumulate(parts: list[Moments], rows: Tensor, group: Tensor | None = None) 
         return
     counts = [len(rows)] if group is None else torch.bincount(group, minlength=len(parts)).tolist()
     few = [part._waiting.few(n) for part, n in zip(parts, counts, strict=True)]
+    for part, n in zip(parts, counts, strict=True):
+        check_count("x", part.count + n, part)
     if not any(few):
         return _add(parts, rows, group)
-    _check_values(rows)
-    backends.choose("moments_update", rows.device, rows.dtype)  # refuse now what could not be worked off later
+    state = parts[0]._state
+    state.check(rows)
+    backends.choose(state.op, rows.device, rows.dtype)  # refuse now what could not be worked off later
     if group is None:
         return parts[0]._hold(rows)
     pieces = rows[group.argsort(stable=True)].split(counts)
@@ -264,157 +283,101 @@ def accumulate(parts: list[Moments], rows: Tensor, group: Tensor | None = None) 
 
 
 def _add(parts: list[Moments], rows: Tensor, group: Tensor | None) -> None:
-    """Check rows and merge them, at the price of one pass over them where there are many."""
-    for part in parts:
-        part._settle()
-    if all(part._seen == 0 for part in parts):  # nothing can be lost: merge first, check what came of it
-        _merge(parts, rows, group, check=True)
-    elif len(rows) > _MANY * rows.shape[1] * len(parts):
-        fresh = [Moments(part.dim, part.device) for part in parts]
-        _merge(fresh, rows, group, check=True)
-        for part, more in zip(parts, fresh, strict=True):
-            part._become(pool([part, more]))
-    else:
-        _check_values(rows)
-        _merge(parts, rows, group)
+    parts[0]._state.add([part._settled() for part in parts], rows, group)
 
 
-def _merge(parts: list[Moments], rows: Tensor, group: Tensor | None = None, check: bool = False) -> None:
-    """Merge rows into the states. With `check`, of which states that are empty are left so where the rows are bad."""
-    count = torch.tensor([part._seen for part in parts], device=rows.device)
-    mean = torch.stack([part._mean for part in parts])
-    scatter = [part._own_scatter() for part in parts]
-    ops.moments_update(rows, count, mean, scatter, group)
-    if check:
-        # No row is further from the mean than the square root of the scatter; NaN and Inf show in the mean.
-        deviation = torch.stack([matrix.diagonal() for matrix in scatter]).clamp_min(0).sqrt()
-        if not float((mean.abs() + 1.001 * deviation).max()) <= _limit(rows):
-            try:
-                _check_values(rows)
-            except InputError:
-                for part in parts:
-                    part._scatter = None
-                raise
-    for part, total, center in zip(parts, count.tolist(), mean, strict=True):
-        part._seen, part._mean = total, center.clone()
+def check_kind(mine: float | bool | None, theirs: float | bool | None) -> None:
+    """Refuse an argument `other` whose moments are not kept as one's own are."""
+    uncalibrated = mine is True or theirs is True
+    if mine != theirs and not (uncalibrated and None not in (mine, theirs)):
+        raise InputError(f"other: got moments with exact={theirs}, expected exact={mine}")
 
 
-def _limit(rows: Tensor) -> float:
-    return _LARGEST_DOUBLE if rows.dtype == torch.float64 else _LARGEST_FLOAT
-
-
-def _check_values(rows: Tensor) -> None:
-    """Refuse rows with NaN or Inf, and rows whose squares could overflow."""
-    largest = max(abs(float(bound)) for bound in torch.aminmax(rows))
-    limit = _limit(rows)
-    if largest <= limit:
-        return
-    bad = int((~torch.isfinite(rows)).any(1).sum())
-    if bad:
-        raise InputError(f"x: {bad} of {len(rows)} rows contain NaN or Inf, expected finite features")
-    raise InputError(f"x: got features up to {largest:.1e}, expected at most {limit:.0e}, or their squares overflow")
+def check_count(name: str, count: int, part: Moments) -> None:
+    """Refuse more rows than such moments can hold."""
+    if count > part._state.most_rows:
+        raise InputError(f"{name}: that would be {count} rows, expected at most {part._state.most_rows} in all")
 
 
 @lasting
-def pool(parts: list[Moments]) -> Moments:
-    """Moments of the union of disjoint parts, summed in the order given (Chan, Golub, LeVeque)."""
-    result = Moments(parts[0].dim, parts[0].device)
-    result.site = parts[0].site
-    parts = [part for part in parts if part.count]
-    if not parts:
-        return result
-    if len(parts) == 1:
-        result._become(parts[0])
-        return result
-    counts = torch.tensor([part.count for part in parts], dtype=torch.float64, device=result.device)
-    means = torch.stack([part.mean.to(result.device) for part in parts])
-    result._seen = sum(part.count for part in parts)
-    result._residue = sum(part._residue for part in parts)
-    # Offsets from the first mean, not from zero: a mean of 1e6 times the spread keeps its digits.
-    offsets = means - means[0]
-    drift = (counts @ offsets) / result._seen
-    result._mean = means[0] + drift
-    spread = (offsets - drift) * counts.sqrt().unsqueeze(1)
-    scatter = spread.T @ spread
-    ops.symmetric_sum(scatter, [part.scatter.to(result.device) for part in parts])
-    result._scatter = scatter
-    return result
+def pool(parts: list[Moments], name: str = "other") -> Moments:
+    """Moments of the union of disjoint parts, where the first lives. Parts in float64 are summed in the order given."""
+    check_count(name, sum(part.count for part in parts), parts[0])
+    states = [state for state in (part._settled() for part in parts) if state.count]
+    if states:
+        return parts[0]._with(parts[0]._state.pooled(states))
+    calibrated = next((part for part in parts if part.exact is not True), parts[0])
+    return parts[0]._with(calibrated._state.to(parts[0].device).blank())
 
 
 @lasting
 def subtract(whole: Moments, part: Moments, name: str) -> Moments:
     """Moments of the rows of `whole` without those of `part`, which came in the caller's argument `name`."""
-    left = whole.count - part.count
-    if left < 0:
+    if part.count > whole.count:
         raise InputError(f"{name}: cannot remove {part.count} rows from moments of {whole.count}")
-    result = Moments(whole.dim, whole.device)
-    result.site = whole.site
-    theirs = part.mean.to(whole.device)
-    if left:
-        mean = whole.mean + (whole.mean - theirs) * (part.count / left)
-        step = (theirs - mean) * (left * part.count / whole.count) ** 0.5
-    else:
-        mean = whole.mean
-        step = (theirs - mean) * part.count**0.5
-    scatter = whole.scatter - part.scatter.to(whole.device) - square(step)
-    before = whole.scatter.diagonal() + whole.count * (whole.mean - mean).square()
-    mean_error = _MEAN_ERROR * whole.mean.abs() * (whole.count / max(left, 1))
-    slack = _VARIANCE_ERROR * before + max(left, 1) * mean_error.square()
-    slack = slack.clamp(min=max(whole._residue, part._residue))
-    rest = scatter.diagonal()
-    if bool((rest < -slack).any()) or (left < 2 and bool((rest > slack).any())):  # one row alone has no variance
-        raise InputError(f"{name}: these rows were never added (the variance of the rest is impossible)")
-    if left:
-        result._seen, result._mean, result._scatter, result._residue = left, mean, scatter, float(slack.max())
-    return result
+    if not part.count:
+        return whole.copy()
+    return whole._with(whole._settled().minus(part._settled().to(whole.device), name))
 
 
-def pack(scatter: Tensor) -> Tensor:
-    """The upper triangle, row by row, of (d, d) as (d(d+1)/2,): half the bytes of a symmetric matrix."""
-    d = scatter.shape[-1]
-    return scatter[torch.ones(d, d, dtype=torch.bool, device=scatter.device).triu()]
+def tensor_names(header: dict[str, str]) -> tuple[str, ...]:
+    """The tensors that a file with this header holds."""
+    return ("count", "clipped", *_kind(header).names)
 
 
-def unpack(packed: Tensor, d: int) -> Tensor:
-    """The inverse of `pack`."""
-    full = torch.zeros(d, d, dtype=packed.dtype, device=packed.device)
-    upper = torch.ones(d, d, dtype=torch.bool, device=packed.device).triu()
-    full[upper] = packed
-    return full + full.triu(1).T
+def _kind(header: dict[str, str]) -> type[State]:
+    return IntegerState if "exact" in header else FloatState
 
 
-def int_header(path: str | os.PathLike[str], header: dict[str, str], name: str) -> int:
-    """The whole number that the header of the file at `path` has under `name`."""
-    try:
-        return int(header[name])
-    except (KeyError, ValueError) as error:
-        raise FileFormatError(f"path: {str(path)!r} has no valid {name!r} in its header") from error
+def describe(parts: list[Moments], like: Moments) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header of a file of these, which are all of the same kind and from the same site as `like`."""
+    states = [part._settled() for part in parts]
+    blank = like._state
+    empty = blank.vector.new_zeros(0, blank.dim * (blank.dim + 1) // 2)
+    tensors = {
+        "count": torch.tensor([state.count for state in states], dtype=torch.int64),
+        "clipped": torch.tensor([state.clipped for state in states], dtype=torch.int64),
+        blank.names[0]: torch.stack([state.vector for state in states]) if states else empty[:, : blank.dim],
+        blank.names[1]: torch.stack([pack(state.read_matrix()) for state in states]) if states else empty,
+    }
+    return tensors, {"dim": str(blank.dim), "site": like.site or "", **blank.header(states)}
 
 
 @lasting
 def restore(
     path: str | os.PathLike[str],
-    count: int,
-    mean: Tensor,
-    packed: Tensor,
+    tensors: dict[str, Tensor],
     header: dict[str, str],
     device: torch.device | str | None,
-) -> Moments:
-    """A Moments from what a file holds, or FileFormatError if the pieces contradict each other."""
-    d = len(mean) if mean.ndim == 1 else 0
-    fits = d >= 1 and packed.shape == (d * (d + 1) // 2,) and mean.dtype == packed.dtype == torch.float64
-    fits = fits and bool(torch.isfinite(mean).all() and torch.isfinite(packed).all())
+) -> tuple[Moments, list[Moments]]:
+    """Moments of no rows, and those that `describe` was given; FileFormatError where the pieces do not fit together."""
+    count, clipped, vector, packed = tensors.values()
+    kind = _kind(header)
+    groups, d = vector.shape if vector.ndim == 2 else (0, 0)
+    fits = header.get("dim") == str(d) and 1 <= d <= _MOST_FEATURES and packed.shape == (groups, d * (d + 1) // 2)
+    fits = fits and count.shape == clipped.shape == (groups,)
+    fits = fits and [one.dtype for one in tensors.values()] == 2 * [torch.int64] + 2 * [kind.dtype]
+    if not fits:
+        raise contradiction(path)
     try:
-        residue = float(header.get("residue", "0"))
-    except ValueError:
-        residue = -1.0
-    fits = fits and 0 <= residue < float("inf") and 0 <= count < 2**63
-    if not fits or (count == 0 and bool(mean.any() or packed.any())):
-        raise FileFormatError(f"path: {str(path)!r} holds moments that contradict themselves")
-    result = Moments(d, device)
-    result._seen = count
-    result._mean = mean.to(result.device, copy=True)  # what was read under inference mode may not be used outside
-    result._scatter = unpack(packed.to(result.device), d)
-    result._residue = residue
-    result.site = header.get("site") or None
-    return result
+        blank = Moments(d, device)
+        blank._state = kind.described(header, d, device)
+        blank.site = header.get("site") or None
+        parts = []
+        for g in range(groups):
+            state = kind.described(header, d, device)
+            state.count, state.clipped = int(count[g]), int(clipped[g])
+            # A copy: what was read under inference mode may not be used outside.
+            state.vector = vector[g].to(state.device, copy=True)
+            state.matrix = unpack(packed[g].to(state.device), d)
+            if not state.consistent():
+                raise contradiction(path)
+            parts.append(blank._with(state))
+    except (KeyError, ValueError) as error:
+        raise contradiction(path) from error
+    return blank, parts
+
+
+def contradiction(path: str | os.PathLike[str]) -> FileFormatError:
+    """What to raise for a file whose pieces do not fit together."""
+    return FileFormatError(f"path: {str(path)!r} holds moments that contradict themselves")

@@ -18,10 +18,11 @@ from loft_fast.errors import InputError
 from loft_fast.frontier import Frontier, Point
 from loft_fast.goals import Distance, Goal, KeepRetain, linear_text
 from loft_fast.grouped_moments import GroupedMoments
-from loft_fast.moments import Moments, lasting
+from loft_fast.moments import Moments
 from loft_fast.newton import descend
 from loft_fast.objective import About, build_objective, pooled
 from loft_fast.projection import Certificate, Projection
+from loft_fast.state import lasting
 
 _TINY_LOSS = 1e-9  # a millionth of it is what rounding does to a loss of order one
 _MAX_SOLVES = 64

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from loft_fast.backends import FLOATS
 from loft_fast.errors import FoldError, InputError
-from loft_fast.moments import lasting
 from loft_fast.projection import Projection
 from loft_fast.sites import _CONV, Site, anything_compiled, find_site, unwrap
+from loft_fast.state import lasting
 
 _FORWARDS = [kind.forward for kind in (nn.Linear, *_CONV)]
 

@@ -13,7 +13,7 @@ from problems import make_problem
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from loft_fast import Certificate, FileFormatError, InputError, Projection, solve
+from loft_fast import Certificate, FileFormatError, InputError, Projection, files, solve
 
 ROUNDING = {torch.float64: 1e-13, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 2e-1}
 
@@ -300,7 +300,7 @@ def certificate_text(**changes):
     ("tensors", "header", "message"),
     [
         ({"center": None}, {}, "lacks center"),
-        ({}, {"schema": "0"}, "schema '0', this version reads '1'"),
+        ({}, {"schema": "0"}, "schema '0', this version reads '2'"),
         ({"center": torch.zeros(5)}, {}, "contradicts itself: basis: got shapes"),
         ({"basis": torch.zeros(12, 4)}, {}, "contradicts itself: basis: .* away from the identity"),
         ({"basis": torch.full((12, 4), math.nan)}, {}, "contradicts itself: basis: U.T U is nan away"),
@@ -318,14 +318,13 @@ def certificate_text(**changes):
 )
 def test_a_file_that_contradicts_itself_is_refused(saved, tmp_path, tensors, header, message):
     content = {name: t.contiguous() for name, t in (load_file(saved[1]) | tensors).items() if t is not None}
-    save_file(content, tmp_path / "odd", {"format": "loft_fast.projection", "schema": "1"} | header)
+    files.write_tensors(tmp_path / "odd", "projection", content, header)
     with pytest.raises(FileFormatError, match=message):
         Projection.load(tmp_path / "odd")
 
 
 def test_a_certificate_as_written_by_hand_is_read(saved, tmp_path):
-    header = {"format": "loft_fast.projection", "schema": "1", "certificate": certificate_text()}
-    save_file(load_file(saved[1]), tmp_path / "p", header)
+    files.write_tensors(tmp_path / "p", "projection", load_file(saved[1]), {"certificate": certificate_text()})
     assert isinstance(Projection.load(tmp_path / "p").certificate, Certificate)
 
 

@@ -81,10 +81,10 @@ def test_groups_and_a_state_that_is_not_empty(dtype):
     assert torch.equal(bits(state), bits(truth(torch.cat([x, y]), torch.cat([first, second]), 5)))
 
 
-def test_rounding_clipping_and_infinity(dtype):
+def test_rounding_and_clipping(dtype):
     top = 32767 * SCALE
     values = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5, 0.25, -0.75]).double() * SCALE
-    large = torch.tensor([top, -top, 2 * top, -1e4, 1e4, float("inf"), -float("inf")]).double()
+    large = torch.tensor([top, -top, 2 * top, -1e4, 1e4, 6e4, -6e4]).double()
     x = torch.stack([values, large]).to(dtype)
     state = add(empty(1, 7), x)
     assert torch.equal(bits(state), bits(truth(x)))
@@ -163,7 +163,8 @@ def full(*shape, fill=0, dtype=torch.int64):
         ({"x": torch.zeros(6)}, r"x: got shape \(6,\), expected \(n, d\)"),
         ({"x": torch.zeros(5, 6, dtype=torch.int32)}, "x: got torch.int32"),
         ({"x": torch.zeros(5, 0)}, r"x: got shape \(5, 0\), expected \(n, d\) with d >= 1"),
-        ({"x": torch.tensor([[0.0] * 6, [float("nan")] * 6])}, "x: 1 of 2 rows contain NaN"),
+        ({"x": torch.tensor([[0.0] * 6, [float("nan")] * 6])}, "x: 1 of 2 rows contain NaN or Inf"),
+        ({"x": torch.tensor([[0.0] * 6, [-float("inf")] * 6])}, "x: 1 of 2 rows contain NaN or Inf"),
         ({"scale": 1}, "scale: got 1, expected a power of two"),
         ({"scale": 0.3}, "scale: got 0.3, expected a power of two"),
         ({"scale": 0.0}, "scale: got 0.0"),

@@ -56,3 +56,12 @@ def check_indices(group: Tensor | None, groups: int) -> None:
         low, high = (int(bound) for bound in torch.aminmax(group))
         if low < 0 or high >= groups:
             raise InputError(f"group: got indices from {low} to {high}, expected 0 to {groups - 1}")
+
+
+def largest_magnitude(x: Tensor) -> float:
+    """Of the numbers in x, (n, d) with n >= 1; refuses NaN and Inf."""
+    largest = max(abs(float(bound)) for bound in torch.aminmax(x))
+    if not largest < float("inf"):
+        bad = int((~torch.isfinite(x)).any(1).sum())
+        raise InputError(f"x: {bad} of {len(x)} rows contain NaN or Inf, expected finite features")
+    return largest

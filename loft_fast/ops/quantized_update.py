@@ -10,10 +10,17 @@ from torch import Tensor
 from loft_fast import backends
 from loft_fast.errors import InputError
 from loft_fast.ops import reference
-from loft_fast.ops.arguments import check_group, check_indices, check_state, check_tensor, native_rows
+from loft_fast.ops.arguments import (
+    check_group,
+    check_indices,
+    check_state,
+    check_tensor,
+    largest_magnitude,
+    native_rows,
+)
 
 _OP = "quantized_update"
-MOST_ROWS = 2**31  # of a group: their products, each below 2^30, stay below 2^61
+MOST_ROWS = 2**32  # of a group: their products, each below 2^30, stay below 2^62
 
 
 def quantized_update(
@@ -32,7 +39,7 @@ def quantized_update(
     many of their numbers were clipped.
 
     Args:
-        x: (n, d) float16, bfloat16, float32 or float64; any strides; n >= 0. Infinity is clipped.
+        x: (n, d) float16, bfloat16, float32 or float64; any strides; n >= 0.
         scale: a power of two between 2^-500 and 2^500, so that x / scale is exact.
         count, clipped: (G,) contiguous int64, updated in place.
         total: (G, d) contiguous int64, updated in place.
@@ -40,8 +47,8 @@ def quantized_update(
         group: (n,) int64, the group of each row in [0, G), or None where G = 1.
 
     Raises:
-        InputError: an argument has a wrong type, shape, dtype, device, layout or value, x has NaN, or a group would
-            have more than 2^31 rows; the state is unchanged.
+        InputError: an argument has a wrong type, shape, dtype, device, layout or value, x has NaN or Inf, or a group
+            would have more than 2^32 rows; the state is unchanged.
     """
     check_tensor("x", x, (None, None), backends.FLOATS, x)
     n, d = x.shape
@@ -85,8 +92,7 @@ def _op(
         new = torch.bincount(group, minlength=len(product))
     if bool((count > MOST_ROWS - new).any()):
         raise InputError(f"x: got {len(x)} rows, expected at most {MOST_ROWS} of a group in all")
-    if bool(torch.aminmax(x).max.isnan()):
-        raise InputError(f"x: {int(x.isnan().any(1).sum())} of {len(x)} rows contain NaN, expected numbers")
+    largest_magnitude(x)
     backends.implementation(_OP, x.device, x.dtype)(x, scale, count, total, clipped, product, group)
 
 
