@@ -4,6 +4,7 @@ LOFT (arXiv 2601.22456), solved to a certified global optimum instead of by desc
 """
 
 from loft_fast.batch_solver import solve_batch
+from loft_fast.continual import Continual
 from loft_fast.errors import FileFormatError, FoldError, InputError, LoftError, MissingExtraError, SiteError
 from loft_fast.evaluate import Evaluation, evaluate
 from loft_fast.fetch import fetch_moments
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Attached",
     "Certificate",
+    "Continual",
     "Evaluation",
     "FileFormatError",
     "FoldError",

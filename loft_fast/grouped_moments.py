@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
@@ -184,12 +185,10 @@ class GroupedMoments:
 
     def _known(self, keys: Iterable[Key], name: str = "keys") -> list[Key]:
         """`keys` (the argument `name`) as plain numbers and strings, each of which is a group here."""
-        if isinstance(keys, str) or not isinstance(keys, Iterable):
-            raise InputError(f"{name}: got {keys!r}, expected a list of keys")
-        plain = [_plain(key) for key in keys]
+        plain = plain_keys(keys, name)
         unknown = [key for key in plain if type(key) not in (int, str) or key not in self._parts]
         if unknown:
-            raise InputError(f"{name}: no group {unknown[0]!r}; there are {_preview(self.keys())}")
+            raise InputError(f"{name}: no group {unknown[0]!r}; there are {_preview(self.keys(), unknown[0])}")
         return plain
 
     def _check_partner(self, other: object) -> None:
@@ -237,8 +236,18 @@ class GroupedMoments:
         return hashlib.sha256(json.dumps([self.dim, self.exact, parts]).encode()).hexdigest()
 
 
-def _preview(keys: list[Key]) -> str:
-    shown = ", ".join(repr(key) for key in keys[:10])
+def plain_keys(keys: Iterable[Key], name: str = "keys") -> list[Key]:
+    """`keys` (the argument `name`) as plain numbers and strings."""
+    if isinstance(keys, str) or not isinstance(keys, Iterable):
+        raise InputError(f"{name}: got {keys!r}, expected a list of keys")
+    return [_plain(key) for key in keys]
+
+
+def _preview(keys: list[Key], wanted: Key) -> str:
+    """Some of the keys, names that look like the wanted one first."""
+    names = [key for key in keys if isinstance(key, str)]
+    near: list[Key] = [*difflib.get_close_matches(str(wanted), names, n=3)]
+    shown = ", ".join(repr(key) for key in [*near, *(key for key in keys if key not in near)][:10])
     return (shown + (", ..." if len(keys) > 10 else "")) or "none"
 
 

@@ -41,16 +41,17 @@ Offer = Callable[[int, float, Point | None], bool]
 """Called with a problem's number, an angle and the point proven there, if any; returns whether that is enough."""
 
 
-def descend(objectives: Sequence[Objective], goal: Goal, rank: int, offer: Offer) -> None:
+def descend(objectives: Sequence[Objective], goal: Goal, rank: int, offer: Offer, start: float | None = None) -> None:
     """For every problem, offer angles ever closer to the optimum at this rank until one is good enough.
 
-    The problems, all of one size, are stacked. Every offer costs one eigendecomposition of full size.
+    The problems, all of one size, are stacked. Every offer costs one eigendecomposition of full size. The first is made
+    at `start`, or where smaller problems point to.
     """
     if objectives[0].dim < (_SMALLEST if len(objectives) == 1 else _SMALLEST_OF_MANY):
         return
     retain = torch.stack([one.retain.float() for one in objectives])
     forget = torch.stack([one.forget.float() for one in objectives])
-    angles = _thinned(retain, forget, goal, rank)
+    angles = _thinned(retain, forget, goal, rank) if start is None else [start] * len(objectives)
     left = list(range(len(objectives)))
     for _ in range(_MAX_STEPS):
         models = _Models(_pick(retain, left), _pick(forget, left), rank, [angles[i] for i in left])

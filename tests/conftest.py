@@ -3,6 +3,7 @@
 import os
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import settings
 
@@ -18,6 +19,12 @@ torch.set_num_threads(1)
 # The same examples in every run, and no clock: how long an example takes says nothing about right or wrong.
 settings.register_profile("tests", deadline=None, derandomize=True, database=None, max_examples=40)
 settings.load_profile("tests")
+
+
+@pytest.fixture(scope="session")
+def networks(tmp_path_factory):
+    """A folder for trained networks: every one is trained once."""
+    return tmp_path_factory.mktemp("networks")
 
 
 def normal(*shape, mean=0.0, std=1.0, seed=0, dtype=torch.float64):

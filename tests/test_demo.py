@@ -16,14 +16,14 @@ THREADS = min(2, os.cpu_count() or 1)
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
+def outcomes(networks):
     """Method -> one outcome per digit, each forgotten by itself."""
-    data, cache = load_digits(), tmp_path_factory.mktemp("networks")
+    data = load_digits()
     found = {}
     before = torch.get_num_threads()
     torch.set_num_threads(THREADS)
     for digit in DIGITS:
-        problem, originals = prepare(data, (digit,), 32, 0, cache, print, progress=False)
+        problem, originals = prepare(data, (digit,), 32, 0, networks, print, progress=False)
         for outcome in methods.compare(problem, *originals):
             found.setdefault(outcome.method, []).append(outcome)
     torch.set_num_threads(before)
