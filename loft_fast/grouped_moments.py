@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -182,6 +182,12 @@ class GroupedMoments:
     def forget(self, keys: Iterable[Key]) -> GroupedMoments:
         """Drop these groups for good. Returns self."""
         return self._become(self.without(keys))
+
+    def map(self, function: Callable[[Moments], Moments]) -> GroupedMoments:
+        """What `function` makes of every group, which must be of one kind; it is called with one of no rows as well."""
+        result = object.__new__(type(self))
+        result._empty, result._parts = function(self._empty), {key: function(self[key]) for key in self.keys()}
+        return result
 
     def _known(self, keys: Iterable[Key], name: str = "keys") -> list[Key]:
         """`keys` (the argument `name`) as plain numbers and strings, each of which is a group here."""
