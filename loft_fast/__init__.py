@@ -5,13 +5,15 @@ LOFT (arXiv 2601.22456), solved to a certified global optimum instead of by desc
 
 from loft_fast.batch_solver import solve_batch
 from loft_fast.continual import Continual
-from loft_fast.errors import FileFormatError, FoldError, InputError, LoftError, MissingExtraError, SiteError
+from loft_fast.errors import FileFormatError, FoldError, InputError, LoftError, MissingExtraError, SiteError, StoreError
 from loft_fast.evaluate import Evaluation, evaluate
 from loft_fast.fetch import fetch_moments
 from loft_fast.grouped_moments import GroupedMoments
 from loft_fast.moments import Moments
+from loft_fast.nested import solve_within
 from loft_fast.projection import Certificate, Projection
 from loft_fast.solver import solve
+from loft_fast.store import UnlearningStore
 from loft_fast.surgery import Attached, attach, fold
 from loft_fast.unlearn import Unlearned, unlearn
 
@@ -31,12 +33,15 @@ __all__ = [
     "Moments",
     "Projection",
     "SiteError",
+    "StoreError",
     "Unlearned",
+    "UnlearningStore",
     "attach",
     "evaluate",
     "fetch_moments",
     "fold",
     "solve",
     "solve_batch",
+    "solve_within",
     "unlearn",
 ]

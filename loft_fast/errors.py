@@ -24,5 +24,9 @@ class FileFormatError(LoftError, ValueError):
     """A file is truncated, foreign, or of a schema this version does not read."""
 
 
+class StoreError(LoftError):
+    """A store is missing, busy, damaged, of a newer schema, or does not agree with what is checked against it."""
+
+
 class MissingExtraError(LoftError, ImportError):
     """An optional dependency is needed; the message names the extra that installs it."""

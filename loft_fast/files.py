@@ -21,8 +21,11 @@ SCHEMA = "2"
 _DIGEST = "sha256"
 
 
-def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write `data` to a temporary neighbour, flush it to disk and rename it over `path`.
+def write_bytes(path: str | os.PathLike[str], data: bytes, mode: int | None = None) -> None:
+    """Write `data` to a temporary neighbour, flush it to disk and rename it over `path`, which is then on disk, too.
+
+    Args:
+        mode: permissions; None for those of any new file.
 
     Raises:
         InputError: the folder does not exist or cannot be written; whatever was at `path` is still there.
@@ -40,14 +43,24 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
         # mkstemp makes private files; give the result what an ordinary open() would have given.
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
+        os.chmod(temporary, 0o666 & ~umask if mode is None else mode)
         os.replace(temporary, target)
+        sync_folder(target.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         if isinstance(error, OSError):
             raise InputError(f"path: cannot write {str(target)!r}: {error.strerror or error}") from error
         raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush to disk which files there are in a folder."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_tensors(
@@ -60,8 +73,15 @@ def write_tensors(
 def to_bytes(kind: str, tensors: dict[str, Tensor], header: dict[str, str] | None = None) -> bytes:
     """The content of such a file."""
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"format": f"loft_fast.{kind}", "schema": SCHEMA, **(header or {})}
+    metadata = _metadata(kind, header)
     return serialize(kept, {**metadata, _DIGEST: _digest(kept, metadata)})
+
+
+def content_digest(kind: str, tensors: dict[str, Tensor], header: dict[str, str] | None = None) -> str:
+    """SHA-256 of all that such a file says, in hexadecimal; the order in which it says it is safetensors' own."""
+    return _digest(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, _metadata(kind, header)
+    )
 
 
 def read_tensors(
@@ -98,8 +118,12 @@ def read_tensors(
     return {name: tensors[name] for name in names}, header
 
 
+def _metadata(kind: str, header: dict[str, str] | None) -> dict[str, str]:
+    return {"format": f"loft_fast.{kind}", "schema": SCHEMA, **(header or {})}
+
+
 def _digest(tensors: dict[str, Tensor], header: dict[str, str]) -> str:
-    """SHA-256 of all that a file holds: safetensors itself does not notice a flipped bit."""
+    # safetensors itself does not notice a flipped bit.
     names = sorted(tensors)
     layout = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in names]
     found = hashlib.sha256(json.dumps([sorted(header.items()), layout]).encode())

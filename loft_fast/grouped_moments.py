@@ -110,7 +110,7 @@ class GroupedMoments:
     def update(self, x: Tensor, group: Tensor | Sequence[Key]) -> GroupedMoments:
         """Add rows to their groups. x: (n, d) or (..., d), any float dtype; group: one key per row. Returns self."""
         rows = as_rows(x, self.dim, self.device)
-        keys, index = _index_groups(group, len(rows))
+        keys, index = index_groups(group, len(rows))
         if not len(rows):
             return self
         empty = self._empty._blank(rows)
@@ -183,6 +183,13 @@ class GroupedMoments:
         """Drop these groups for good. Returns self."""
         return self._become(self.without(keys))
 
+    def join(self, others: Iterable[GroupedMoments]) -> GroupedMoments:
+        """These groups and those of `others`, where no two have the same key and all are of one kind."""
+        result = self.select(self.keys())
+        for other in others:
+            result._parts.update(other._parts)
+        return result
+
     def map(self, function: Callable[[Moments], Moments]) -> GroupedMoments:
         """What `function` makes of every group, which must be of one kind; it is called with one of no rows as well."""
         result = object.__new__(type(self))
@@ -206,11 +213,11 @@ class GroupedMoments:
 
     # ---- files ----
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file, whole or not at all."""
+    def save(self, path: str | os.PathLike[str], **more: str) -> None:
+        """Write one safetensors file, whole or not at all, with `more` in its header."""
         keys = self.keys()
         tensors, header = describe([self._parts[key] for key in keys], self._empty)
-        files.write_tensors(path, "grouped_moments", tensors, {"keys": json.dumps(keys), **header})
+        files.write_tensors(path, "grouped_moments", tensors, {"keys": json.dumps(keys), **header, **more})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str | None = None) -> GroupedMoments:
@@ -257,7 +264,7 @@ def _preview(keys: list[Key], wanted: Key) -> str:
     return (shown + (", ..." if len(keys) > 10 else "")) or "none"
 
 
-def _index_groups(group: Tensor | Sequence[Key], n: int) -> tuple[list[Key], Tensor]:
+def index_groups(group: Tensor | Sequence[Key], n: int) -> tuple[list[Key], Tensor]:
     """Distinct keys and, for each of n rows, the index of its key: (n,) int64."""
     if isinstance(group, Tensor):
         if group.is_floating_point() or group.is_complex():

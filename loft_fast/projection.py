@@ -147,10 +147,17 @@ class Projection(nn.Module):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file with the certificate in its header, whole or not at all."""
+        files.write_tensors(path, "projection", *self._content())
+
+    def digest(self) -> str:
+        """SHA-256 of basis, center, certificate and site, in hexadecimal."""
+        return files.content_digest("projection", *self._content())
+
+    def _content(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         header = {"site": self.site or ""}
         if self.certificate is not None:
             header["certificate"] = json.dumps(asdict(self.certificate))
-        files.write_tensors(path, "projection", {"basis": self.basis, "center": self.center}, header)
+        return {"basis": self.basis, "center": self.center}, header
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Projection:

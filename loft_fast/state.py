@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
@@ -43,6 +44,7 @@ class State(ABC):
         self.vector = torch.zeros(dim, dtype=self.dtype, device=device)
         self.matrix: Tensor | None = None
         self._shared = False
+        self._digest = "", 0
 
     @property
     def device(self) -> torch.device:
@@ -83,6 +85,16 @@ class State(ABC):
             self.matrix = self.matrix.clone()
         self._shared = False
         return self.matrix
+
+    def digest(self) -> str:
+        """SHA-256 of all of it, in hexadecimal."""
+        known, count = self._digest
+        if not known or count != self.count:  # rows are added in place, and only ever added
+            found = hashlib.sha256(f"{self.dim} {self.exact} {self.count} {self.clipped} ".encode())
+            for tensor in (self.vector, pack(self.read_matrix())):
+                found.update(tensor.cpu().numpy().data)
+            self._digest = known, _ = found.hexdigest(), self.count
+        return known
 
     def read_matrix(self) -> Tensor:
         """The matrix, not to be written."""

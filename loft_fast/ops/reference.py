@@ -50,14 +50,19 @@ def quantized_update(
         group: (n,) int64 in [0, G), or None where G = 1.
     """
     for g, block in _by_group(x, len(product), group):
-        scaled = block.to(torch.float64) / scale
-        bounded = scaled.clamp(-LARGEST, LARGEST)
-        rows = bounded.round()
+        rows, outside = quantize(block, scale)
         count[g] += len(rows)
-        clipped[g] += (bounded != scaled).sum()
+        clipped[g] += outside
         # Integers below 2^53, and so exact in float64 in whatever order they are added.
         total[g] += rows.sum(0).long()
         product[g] += (rows.T @ rows).long()
+
+
+def quantize(x: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """x / scale, rounded half to even and clipped, as integers in float64; and how many were clipped, ()."""
+    scaled = x.to(torch.float64) / scale
+    bounded = scaled.clamp(-LARGEST, LARGEST)
+    return bounded.round(), (bounded != scaled).sum()
 
 
 def project(x: Tensor, basis: Tensor, center: Tensor) -> Tensor:

@@ -1,0 +1,100 @@
+"""The files of a store: moments by group and the projection, each under a name that says what is in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loft_fast import files
+from loft_fast.errors import FileFormatError, StoreError
+from loft_fast.grouped_moments import GroupedMoments
+from loft_fast.projection import Projection
+from loft_fast.store.keys import pseudonym
+from loft_fast.store.ledger import Ledger
+
+MOMENTS, PROJECTION = "moments", "projection"
+
+Place = tuple[str, bool]
+"""Where moments belong: the pseudonym of their group, and whether their rows are retained."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What is kept: moments of the rows that are retained, of those that are not if wanted, and the projection."""
+
+    retain: GroupedMoments
+    forgotten: GroupedMoments
+    projection: Projection | None
+
+    def digests(self, key: bytes) -> dict[Place, str]:
+        """Which moments there are, each with its digest."""
+        return {
+            (pseudonym(key, name), kept): groups[name].digest()
+            for kept, groups in ((True, self.retain), (False, self.forgotten))
+            for name in groups
+        }
+
+    def write(self, store: Path, key: bytes, known: dict[Place, str], fingerprint: str) -> None:
+        """Write moments whose digest is not known yet, and the projection."""
+        for kept, groups in ((True, self.retain), (False, self.forgotten)):
+            for name in groups:
+                subject, digest = pseudonym(key, name), groups[name].digest()
+                if known.get((subject, kept)) != digest:
+                    groups.select([name]).save(store / MOMENTS / _file(subject, digest), fingerprint=fingerprint)
+        if self.projection is not None:
+            self.projection.save(store / PROJECTION / f"{self.projection.digest()}.safetensors")
+
+
+def read_contents(store: Path, ledger: Ledger, key: bytes) -> Contents:
+    """What the ledger says there is.
+
+    Raises:
+        StoreError: a file is missing, damaged or holds something else.
+    """
+    found: dict[bool, list[GroupedMoments]] = {True: [], False: []}
+    for (subject, kept), digest in ledger.groups().items():
+        path = store / MOMENTS / _file(subject, digest)
+        group: GroupedMoments = _load(GroupedMoments.load, path)
+        names = group.keys()
+        if len(names) != 1 or pseudonym(key, names[0]) != subject or group[names[0]].digest() != digest:
+            raise StoreError(f"{MOMENTS}: {str(path)!r} holds another group than the ledger says")
+        found[kept].append(group)
+    last = ledger.last()
+    if not found[True]:
+        raise StoreError("ledger: there are no groups")
+    none = found[True][0].select([])
+    retain, forgotten = none.join(found[True]), none.join(found[False])
+    if retain.digest() != last.after:
+        raise StoreError(f"{MOMENTS}: they are not those of the last entry of the ledger")
+    projection = None
+    if last.projection:
+        path = store / PROJECTION / f"{last.projection}.safetensors"
+        projection = _load(Projection.load, path)
+        if projection.digest() != last.projection:
+            raise StoreError(f"{PROJECTION}: {str(path)!r} is not that of the last entry of the ledger")
+    return Contents(retain, forgotten, projection)
+
+
+def collect(store: Path, ledger: Ledger) -> None:
+    """Delete the files that the ledger does not refer to: what went, and what a crash left."""
+    wanted = {_file(subject, digest) for (subject, _), digest in ledger.groups().items()}
+    wanted.add(f"{ledger.last().projection}.safetensors")
+    for folder in (store / MOMENTS, store / PROJECTION):
+        left = [path for path in folder.iterdir() if path.name not in wanted]
+        for path in left:
+            path.unlink(missing_ok=True)
+        if left:
+            files.sync_folder(folder)
+
+
+def _file(subject: str, digest: str) -> str:
+    return f"{subject}-{digest[:32]}.safetensors"
+
+
+def _load(load: Callable[[Path], Any], path: Path) -> Any:
+    try:
+        return load(path)
+    except FileFormatError as error:
+        raise StoreError(f"{path.parent.name}: {error}") from error
