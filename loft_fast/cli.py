@@ -1,9 +1,8 @@
-"""The command loft-fast: `demo` and `report` for people, `fetch` and `forget` for your own models."""
+"""The command loft-fast: `demo` and `report` for people, `fetch`, `forget` and `store` for your own models."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 import sys
@@ -12,17 +11,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 import loft_fast
 from loft_fast import files
+from loft_fast.cli_store import add_store
+from loft_fast.cli_tools import check_solving, key_of, load, load_model, solving, write_weights
 from loft_fast.demo.cache import default_folder
-from loft_fast.errors import InputError, LoftError
+from loft_fast.errors import LoftError
 from loft_fast.fetch import fetch_moments
-from loft_fast.grouped_moments import GroupedMoments, Key
-from loft_fast.sites import find_site, unwrap
+from loft_fast.grouped_moments import GroupedMoments
+from loft_fast.sites import find_site
 from loft_fast.solver import solve
-from loft_fast.surgery import fold
 from loft_fast.unlearn import predicting_head
 
 _EPILOG = """MODEL and LOADER are written module:name and looked up from the current folder; a function is called to get
@@ -97,17 +95,15 @@ def _parser() -> argparse.ArgumentParser:
     fetch.add_argument("--out", type=Path, required=True, help="moments file to write")
     fetch.set_defaults(run=_fetch)
 
-    forget = commands.add_parser("forget", parents=[common], help="moments in, projection (and folded weights) out")
+    forget = commands.add_parser(
+        "forget", parents=[common, solving()], help="moments in, projection (and folded weights) out"
+    )
     forget.add_argument("moments", type=Path, help="file that fetch wrote, with groups")
     forget.add_argument("keys", nargs="+", metavar="KEY", help="groups to forget")
-    forget.add_argument("--model", metavar="MODEL", help="module:name; its head finds the angle, --weights needs it")
-    forget.add_argument("--rank", type=int, help="dimensions to keep (default: found)")
-    forget.add_argument("--about", choices=("retain", "own"), default="retain", help="own: the paper's variant")
-    forget.add_argument("--erase", action="store_true", help="blind a new linear probe as well (with --model)")
-    forget.add_argument("--min-retain-kept", type=float, metavar="SHARE", help="keep this share of retain variance")
     forget.add_argument("--out", type=Path, required=True, help="projection file to write")
-    forget.add_argument("--weights", type=Path, help="also write the model's state, projection folded in (safetensors)")
     forget.set_defaults(run=_forget)
+
+    add_store(commands, common)
     return parser
 
 
@@ -146,7 +142,7 @@ def _report(options: argparse.Namespace) -> tuple[Any, str]:
 
 def _fetch(options: argparse.Namespace) -> tuple[Any, str]:
     files.writable_folder("--out", options.out.parent)
-    model, loader = _model(options.model), _load("LOADER", options.loader)
+    model, loader = load_model(options.model), load("LOADER", options.loader)
     moments = fetch_moments(
         model, loader, options.site, options.group, options.device, not options.quiet, options.exact
     )
@@ -162,14 +158,10 @@ def _fetch(options: argparse.Namespace) -> tuple[Any, str]:
 
 
 def _forget(options: argparse.Namespace) -> tuple[Any, str]:
-    if options.model is None and (options.weights or options.erase):
-        raise InputError(f"{'--weights' if options.weights else '--erase'}: got it without --model, which it needs")
-    for name, path in (("--out", options.out), ("--weights", options.weights)):
-        if path is not None:
-            files.writable_folder(name, path.parent)
+    check_solving(options)
     moments = GroupedMoments.load(options.moments)
-    keys = [_key(text, moments) for text in options.keys]
-    model = None if options.model is None else _model(options.model)
+    keys = [key_of(text, moments) for text in options.keys]
+    model = None if options.model is None else load_model(options.model)
     kept, gone = moments.without(keys), moments.select(keys)
     head = None
     if model is not None and options.rank is None and options.min_retain_kept is None:
@@ -188,39 +180,10 @@ def _forget(options: argparse.Namespace) -> tuple[Any, str]:
     result = {"file": str(options.out), "keys": keys, "site": projection.site, "certificate": asdict(certificate)}
     if options.weights is not None:
         assert model is not None
-        fold(model, projection)
-        files.write_tensors(options.weights, "weights", unwrap(model).state_dict(), {"site": projection.site or ""})
+        write_weights(options.weights, model, projection)
         result["weights"] = str(options.weights)
     projection.save(options.out)
     return result, f"{certificate}\nwritten       {', '.join(str(p) for p in (options.out, options.weights) if p)}"
-
-
-def _key(text: str, moments: GroupedMoments) -> Key:
-    """The group that the text names: a string key, or an integer one."""
-    if text not in moments and text.lstrip("-").isdigit():
-        return int(text)
-    return text
-
-
-def _model(name: str) -> nn.Module:
-    model = _load("MODEL", name)
-    if not isinstance(model, nn.Module):
-        raise InputError(f"MODEL: {name!r} is a {type(model).__name__}, expected a torch.nn.Module")
-    return model
-
-
-def _load(argument: str, name: str) -> Any:
-    """What `module:name` holds; a function (but not a model) is called."""
-    module, colon, attribute = name.partition(":")
-    if not colon or not module or not attribute:
-        raise InputError(f"{argument}: got {name!r}, expected module:name")
-    if (here := os.getcwd()) not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"{argument}: cannot find {name!r}: {error}") from error
-    return found() if callable(found) and not isinstance(found, nn.Module) else found
 
 
 if __name__ == "__main__":

@@ -67,21 +67,13 @@ def write_tensors(
     path: str | os.PathLike[str], kind: str, tensors: dict[str, Tensor], header: dict[str, str] | None = None
 ) -> None:
     """Save `tensors` as one safetensors file that says it is a `kind` (such as "moments") of this schema."""
-    write_bytes(path, to_bytes(kind, tensors, header))
-
-
-def to_bytes(kind: str, tensors: dict[str, Tensor], header: dict[str, str] | None = None) -> bytes:
-    """The content of such a file."""
-    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = _metadata(kind, header)
-    return serialize(kept, {**metadata, _DIGEST: _digest(kept, metadata)})
+    tensors, metadata = _content(kind, tensors, header)
+    write_bytes(path, serialize(tensors, {**metadata, _DIGEST: _digest(tensors, metadata)}))
 
 
 def content_digest(kind: str, tensors: dict[str, Tensor], header: dict[str, str] | None = None) -> str:
     """SHA-256 of all that such a file says, in hexadecimal; the order in which it says it is safetensors' own."""
-    return _digest(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, _metadata(kind, header)
-    )
+    return _digest(*_content(kind, tensors, header))
 
 
 def read_tensors(
@@ -118,8 +110,11 @@ def read_tensors(
     return {name: tensors[name] for name in names}, header
 
 
-def _metadata(kind: str, header: dict[str, str] | None) -> dict[str, str]:
-    return {"format": f"loft_fast.{kind}", "schema": SCHEMA, **(header or {})}
+def _content(
+    kind: str, tensors: dict[str, Tensor], header: dict[str, str] | None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return kept, {"format": f"loft_fast.{kind}", "schema": SCHEMA, **(header or {})}
 
 
 def _digest(tensors: dict[str, Tensor], header: dict[str, str]) -> str:

@@ -11,16 +11,17 @@ from torch import nn
 from loft_fast.sites import find_site, unwrap
 
 
-def fingerprint(model: nn.Module, site: str | None = None) -> str:
-    """SHA-256, in hexadecimal, of all parameters and buffers but those of the layer that reads the features at `site`.
+def fingerprint(model: nn.Module, site: str | None = None, whole: bool = True) -> str:
+    """SHA-256, in hexadecimal, of all parameters and buffers. Wrappers and devices do not matter.
 
-    That one may change: it is where a projection is folded into. Wrappers and devices do not matter.
+    Args:
+        whole: False leaves out the layer that reads the features at `site`, which is where projections are folded into.
 
     Raises:
         SiteError: no such site.
     """
     place = find_site(model, site)
-    reader = f"{place.name}." if place.side == "input" else None
+    reader = f"{place.name}." if place.side == "input" and not whole else None
     found = hashlib.sha256()
     for name, tensor in sorted(unwrap(model).state_dict().items()):
         name = name.replace("_orig_mod.", "")

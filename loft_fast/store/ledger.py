@@ -12,9 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from loft_fast.errors import StoreError
+from loft_fast.store.sums import PAGE
 
 SCHEMA = 1
 _BUSY = 60  # seconds to wait for another process
+# What is deleted is overwritten; what is committed is on the disk; the log is moved to the database by `checkpoint`.
+_PRAGMAS = (
+    f"page_size={PAGE}",
+    "secure_delete=ON",
+    "journal_mode=WAL",
+    "synchronous=FULL",
+    "wal_autocheckpoint=0",
+    "cell_size_check=ON",
+)
 _TABLES = """
 CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE groups (subject TEXT, kept INTEGER, digest TEXT NOT NULL, PRIMARY KEY (subject, kept)) WITHOUT ROWID;
@@ -37,7 +47,7 @@ class Entry:
         subjects: what was forgotten, each as a keyed HMAC-SHA-256: of a group's key, or of a row with its group.
         count: rows forgotten (of the creation: rows there are).
         before, after: `GroupedMoments.digest` of what was retained, before and after.
-        projection: SHA-256 of the projection's file; empty for the creation.
+        projection: `Projection.digest`; empty for the creation.
         certificate: of the projection.
         details: what was asked for, and whatever the caller wanted to be remembered, such as accuracies.
         previous: hash of the entry before; empty for the first.
@@ -78,8 +88,7 @@ class Ledger:
             raise StoreError(f"path: {str(path.parent)!r} holds no store")
         with self._translated():
             self._connection = sqlite3.connect(path, timeout=_BUSY, isolation_level=None, check_same_thread=False)
-            # What is deleted is overwritten; what is committed is on the disk.
-            for pragma in ("secure_delete=ON", "journal_mode=WAL", "synchronous=FULL", "cell_size_check=ON"):
+            for pragma in _PRAGMAS:
                 self._connection.execute(f"PRAGMA {pragma}")
             if create:
                 self._connection.executescript(_TABLES)
@@ -171,10 +180,12 @@ class Ledger:
                     self._connection.execute("ROLLBACK")
                 raise
 
-    def checkpoint(self) -> None:
-        """Move everything from the write-ahead log to the database and empty it: nothing that was deleted is left."""
-        with self._translated():
-            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    def checkpoint(self) -> bool:
+        """Move everything from the write-ahead log to the database and empty it: nothing that was deleted is left.
+
+        Returns False where a reader is in the way; the next call will do it.
+        """
+        return not self._all("PRAGMA wal_checkpoint(TRUNCATE)")[0][0]
 
     def _one(self, query: str, *values: Any) -> Entry:
         found = self._all(query, *values)
@@ -214,10 +225,9 @@ def forget_subjects(connection: sqlite3.Connection, entry: Entry, emptied: list[
     """Note inside a transaction which groups went with an entry, and drop what went from the index of rows."""
     connection.executemany("INSERT INTO gone VALUES (?, ?)", [(subject, entry.number) for subject in emptied])
     if entry.action == "rows":
-        connection.executemany(
-            "UPDATE rows SET count = count - 1 WHERE subject = ?", [(one,) for one in entry.subjects]
-        )
-        connection.execute("DELETE FROM rows WHERE count <= 0")
+        rows = [(subject,) for subject in entry.subjects]
+        connection.executemany("UPDATE rows SET count = count - 1 WHERE subject = ?", rows)
+        connection.executemany("DELETE FROM rows WHERE subject = ? AND count <= 0", rows)
     connection.executemany("DELETE FROM rows WHERE owner = ?", [(subject,) for subject in emptied])
 
 

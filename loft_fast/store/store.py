@@ -6,6 +6,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import sqlite3
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,6 +32,7 @@ from loft_fast.store.keys import new_secret, pseudonym, public_key, read_secret
 from loft_fast.store.ledger import SCHEMA, Entry, Ledger, append, forget_subjects, set_groups
 from loft_fast.store.lock import locked
 from loft_fast.store.receipts import make_receipt, verify_receipt
+from loft_fast.store.sums import Sums
 from loft_fast.unlearn import predicting_head
 
 _LEDGER, _LOCK, _SUBJECTS, _SIGNING = "ledger.sqlite", "lock", "subjects.key", "signing.key"
@@ -45,8 +47,9 @@ class UnlearningStore:
     A request changes all three or nothing, whenever the process or the machine stops. Processes take turns.
 
     The moments of a group that goes are deleted from every file. With `keep_forgotten` they stay, and each projection
-    is bit for bit the solution of one request for all that was forgotten so far; without, it is the best one inside the
-    last (`Continual` says more).
+    is bit for bit the solution of one request for all that was forgotten so far, for the model as it was trained;
+    without, it is the best one inside the last, for that model or for one that the last was folded into (`Continual`
+    says more).
 
     The ledger holds no subjects, only keyed pseudonyms of them, with the key in the file `subjects.key`: whoever has it
     can find out whether a given subject was forgotten, and nothing else. The names of groups that are retained stand in
@@ -71,8 +74,10 @@ class UnlearningStore:
         self._key = read_secret(self.path / _SUBJECTS)
         if about.get("key") != pseudonym(self._key, ""):
             raise StoreError(f"{_SUBJECTS}: it is not the key of this store")
+        self._sums = Sums(self.path / _LEDGER, self._key)
         with self._turn():
-            self._tidy()
+            self._sums.recover(self._ledger.checkpoint)
+            collect(self.path, self._ledger)
 
     @classmethod
     def create(
@@ -89,7 +94,8 @@ class UnlearningStore:
         Args:
             path: where; nothing or an empty folder may be there.
             moments: of all rows; exact.
-            model: which they came from, to be told from others later. None: any model will do.
+            model: which they came from, to be told from others later (without `keep_forgotten`, by all but the layer
+                that projections are folded into). None: any model will do.
             min_rows: smallest group that may be kept: moments of few rows give these away.
             keep_forgotten: keep the moments of what was forgotten.
         """
@@ -110,7 +116,7 @@ class UnlearningStore:
             "dim": str(moments.dim),
             "exact": repr(moments.exact),
             "site": moments.site or "",
-            "fingerprint": "" if model is None else fingerprint(model, moments.site),
+            "fingerprint": "" if model is None else fingerprint(model, moments.site, keep_forgotten),
             "min_rows": str(min_rows),
             "keep_forgotten": str(keep_forgotten),
         }
@@ -129,7 +135,7 @@ class UnlearningStore:
             ledger = Ledger(draft / _LEDGER, create=True)
             digest = moments.digest()
             entry = Entry(0, "create", _now(), "create", [], moments.count, "", digest, details=about).sealed("")
-            with ledger.transaction() as change:
+            with Sums(draft / _LEDGER, key).changing(ledger.checkpoint), ledger.transaction() as change:
                 change.executemany("INSERT INTO about VALUES (?, ?)", about.items())
                 set_groups(change, {}, contents.digests(key))
                 append(change, entry)
@@ -148,6 +154,11 @@ class UnlearningStore:
     def site(self) -> str | None:
         """Where in the model the rows came from."""
         return self._about["site"] or None
+
+    @property
+    def keep_forgotten(self) -> bool:
+        """Whether the moments of what was forgotten are kept."""
+        return self._about["keep_forgotten"] == "True"
 
     @property
     def public_key(self) -> str:
@@ -176,6 +187,16 @@ class UnlearningStore:
         if entry is None:
             raise InputError(f"id: no request {request!r} in the ledger")
         return entry
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._ledger.close()
+
+    def __enter__(self) -> UnlearningStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def __repr__(self) -> str:
         return f"UnlearningStore({str(self.path)!r}, entries={self._ledger.last().number + 1})"
@@ -255,7 +276,7 @@ class UnlearningStore:
         with self._turn():
             self._retain.select([]).update(x, group)
             rows = self._row_subjects(x, group)
-            with self._ledger.transaction() as change:
+            with self._changing() as change:
                 change.executemany(
                     "INSERT INTO rows VALUES (?, ?, 1) ON CONFLICT (subject) DO UPDATE SET count = count + 1", rows
                 )
@@ -273,6 +294,8 @@ class UnlearningStore:
             StoreError: whatever does not fit.
         """
         with self._turn():
+            self._sums.recover(self._ledger.checkpoint)
+            self._sums.check()
             self._ledger.check()
             if self._ledger.about() != self._about:
                 raise StoreError("ledger: what the store says of itself has changed")
@@ -364,7 +387,7 @@ class UnlearningStore:
         """The layer of the model that scores the groups, if it does; refuses another model than the store's."""
         if model is None:
             return None
-        wanted, got = self._about["fingerprint"], fingerprint(model, self.site)
+        wanted, got = self._about["fingerprint"], fingerprint(model, self.site, self.keep_forgotten)
         if wanted and got != wanted:
             raise InputError(f"model: its fingerprint is {got[:16]}..., expected {wanted[:16]}..., that of the store's")
         return predicting_head(model, find_site(model, self.site), retain, part)
@@ -389,7 +412,7 @@ class UnlearningStore:
         else:
             self._head(model, retain, part)
         contents = self._contents
-        forgotten = contents.forgotten + part if self._about["keep_forgotten"] == "True" else None
+        forgotten = contents.forgotten + part if self.keep_forgotten else None
         projection = solve_next(contents.projection, retain, part, forgotten, **options)
         projection.site = self.site
         assert projection.certificate is not None
@@ -418,18 +441,19 @@ class UnlearningStore:
             raise InputError(f"measure: it returned what JSON cannot write: {error}") from error
         before, after = self._ledger.groups(), new.digests(self._key)
         new.write(self.path, self._key, before, self._about["fingerprint"])
-        with self._ledger.transaction() as change:  # from here on it has happened
+        with self._changing() as change:
             set_groups(change, before, after)
             forget_subjects(change, entry, emptied)
             append(change, entry)
         self._contents, self._number = new, entry.number
-        self._tidy()
+        collect(self.path, self._ledger)
         return entry
 
-    def _tidy(self) -> None:
-        """Leave nothing behind that is not kept."""
-        collect(self.path, self._ledger)
-        self._ledger.checkpoint()
+    @contextmanager
+    def _changing(self) -> Iterator[sqlite3.Connection]:
+        """A transaction: what is executed inside has happened, all of it, once the block has ended."""
+        with self._sums.changing(self._ledger.checkpoint), self._ledger.transaction() as change:
+            yield change
 
 
 def _emptied(entry: Entry) -> list[str]:
