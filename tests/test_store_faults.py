@@ -19,6 +19,7 @@ from loft_fast.store import ledger as ledgers
 from loft_fast.store.ledger import Entry, append
 
 KILLS = 300
+PLACES = ["ledger.sqlite", "ledger.sums", "subjects.key", "signing.key", "moments", "projection"]
 
 
 # ---- kill -9 ----
@@ -250,8 +251,7 @@ def test_a_flipped_bit_in_any_file_is_detected(used, tmp_path):
     chance = random.Random(1)
     checked(copied(used, tmp_path))
     names = [path.relative_to(used[0]) for path in used[0].rglob("*") if path.stat().st_size and path.is_file()]
-    expected = {"ledger.sqlite", "ledger.sums", "moments", "projection", "subjects.key", "signing.key"}
-    assert {name.parts[0] for name in names} == expected
+    assert {name.parts[0] for name in names} == set(PLACES)
     for name in names:
         size = (used[0] / name).stat().st_size
         for _ in range(200 if name.name == "ledger.sqlite" else 10):
@@ -326,9 +326,7 @@ def test_an_entry_that_was_written_anew(used, tmp_path):
             store.verify(used[1])
 
 
-@pytest.mark.parametrize(
-    "name", ["ledger.sqlite", "ledger.sums", "subjects.key", "signing.key", "moments", "projection"]
-)
+@pytest.mark.parametrize("name", PLACES)
 def test_missing_files(used, tmp_path, name):
     path = copied(used, tmp_path)
     target = path / name
@@ -340,9 +338,7 @@ def test_missing_files(used, tmp_path, name):
         checked(path)
 
 
-@given(
-    st.binary(max_size=3000), st.sampled_from(["ledger.sqlite", "subjects.key", "signing.key", "moments", "projection"])
-)
+@given(st.binary(max_size=3000), st.sampled_from(PLACES))
 def test_foreign_bytes_in_place_of_any_file(used, tmp_path_factory, data, name):
     path = copied(used, tmp_path_factory.mktemp("foreign"))
     target = path / name
