@@ -160,7 +160,7 @@ def _fetch(options: argparse.Namespace) -> tuple[Any, str]:
 def _forget(options: argparse.Namespace) -> tuple[Any, str]:
     check_solving(options)
     moments = GroupedMoments.load(options.moments)
-    keys = [key_of(text, moments) for text in options.keys]
+    keys = [key_of(text, moments.__contains__) for text in options.keys]
     model = None if options.model is None else load_model(options.model)
     kept, gone = moments.without(keys), moments.select(keys)
     head = None

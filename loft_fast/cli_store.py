@@ -71,7 +71,7 @@ def _forget(options: argparse.Namespace) -> tuple[Any, str]:
     with UnlearningStore(options.store) as store:
         retained = store.moments
         entry = store.forget(
-            [key_of(text, retained) for text in options.keys],
+            [key_of(text, lambda key: key in retained or store.forgot(key)) for text in options.keys],
             options.id,
             model=model,
             rank=options.rank,
@@ -108,7 +108,7 @@ def _receipt(options: argparse.Namespace) -> tuple[Any, str]:
 def _verify(options: argparse.Namespace) -> tuple[Any, str]:
     receipt = None if options.receipt is None else _read_receipt(options.receipt)
     with UnlearningStore(options.store) as store:
-        found = store.verify(receipt)
+        found = store.verify(receipt, progress=not options.quiet)
     words = f"in order: {found['entries']} entries, {found['groups']} groups, {found['rows']} rows retained"
     if receipt is not None:
         words += f"\nthe receipt is that of request {receipt['entry']['id']}, number {receipt['entry']['number']}"

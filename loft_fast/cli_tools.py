@@ -6,6 +6,7 @@ import argparse
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 
 from loft_fast import files
 from loft_fast.errors import InputError
-from loft_fast.grouped_moments import GroupedMoments, Key
+from loft_fast.grouped_moments import Key
 from loft_fast.projection import Projection
 from loft_fast.sites import unwrap
 from loft_fast.surgery import fold
@@ -46,9 +47,9 @@ def write_weights(path: Path, model: nn.Module, projection: Projection) -> None:
     files.write_tensors(path, "weights", unwrap(model).state_dict(), {"site": projection.site or ""})
 
 
-def key_of(text: str, moments: GroupedMoments) -> Key:
-    """The group that the text names: a string key, or an integer one."""
-    if text not in moments and text.lstrip("-").isdigit():
+def key_of(text: str, known: Callable[[Key], bool]) -> Key:
+    """The group that the text names: a string key if it is known, or else an integer one if it looks like it."""
+    if not known(text) and text.lstrip("-").isdigit():
         return int(text)
     return text
 

@@ -54,6 +54,7 @@ def test_a_request_changes_moments_projection_and_ledger(store):
     assert entry.details["options"] == {"rank": 4}
     assert [each.id for each in store.ledger()] == ["create", "first"]
     assert store.find("first") == entry
+    assert [store.forgot(key) for key in (2, torch.tensor(4), "2", 3, 9)] == [True, True, False, False, False]
 
 
 def test_all_of_it_is_there_after_opening_again(store):

@@ -7,7 +7,7 @@ import json
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,8 @@ class Entry:
 
     def sealed(self, previous: str) -> Entry:
         """The entry as the next one of a chain."""
-        entry = replace(self, previous=previous, hash="")
-        return replace(entry, hash=hashlib.sha256(canonical(asdict(entry))).hexdigest())
+        fields = {**vars(self), "previous": previous, "hash": ""}
+        return Entry(**{**fields, "hash": hashlib.sha256(canonical(fields)).hexdigest()})
 
 
 def canonical(value: Any) -> bytes:
@@ -207,7 +207,7 @@ class Ledger:
 
 def append(connection: sqlite3.Connection, entry: Entry) -> None:
     """Add a sealed entry inside a transaction."""
-    values = (entry.number, entry.id, canonical(asdict(entry)).decode())
+    values = (entry.number, entry.id, canonical(vars(entry)).decode())
     connection.execute("INSERT INTO entries VALUES (?, ?, ?)", values)
 
 
@@ -234,7 +234,7 @@ def forget_subjects(connection: sqlite3.Connection, entry: Entry, emptied: list[
 def _parse(text: str) -> Entry:
     try:
         entry = Entry(**json.loads(text))
-        intact = entry == entry.sealed(entry.previous) and text == canonical(asdict(entry)).decode()
+        intact = entry == entry.sealed(entry.previous) and text == canonical(vars(entry)).decode()
     except (TypeError, ValueError, AttributeError, RecursionError):
         intact = False
     if not intact:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from loft_fast import files
 from loft_fast.continual import solve_next
@@ -177,6 +178,10 @@ class UnlearningStore:
         with self._turn():
             return self._contents.projection
 
+    def forgot(self, key: Key) -> bool:
+        """Whether this was a group that is gone."""
+        return self._ledger.gone(pseudonym(self._key, *plain_keys([key]))) is not None
+
     def ledger(self) -> Iterator[Entry]:
         """All entries in order, from the creation on, each checked against the one before."""
         return self._ledger.entries()
@@ -284,8 +289,12 @@ class UnlearningStore:
 
     # ---- checks ----
 
-    def verify(self, receipt: dict[str, Any] | None = None) -> dict[str, Any]:
+    def verify(self, receipt: dict[str, Any] | None = None, progress: bool = False) -> dict[str, Any]:
         """Check every file against every other, and a receipt against the ledger.
+
+        Args:
+            receipt: what `receipt` gave, read from JSON.
+            progress: show a progress bar; 100,000 entries take a few seconds.
 
         Returns:
             What was found: entries, groups, rows, digest, projection.
@@ -300,8 +309,8 @@ class UnlearningStore:
             if self._ledger.about() != self._about:
                 raise StoreError("ledger: what the store says of itself has changed")
             gone: dict[str, int] = {}
-            entry = None
-            for entry in self._ledger.entries():
+            entry, last = None, self._ledger.last().number + 1
+            for entry in tqdm(self._ledger.entries(), "ledger", last, unit="entry", disable=not progress, leave=False):
                 if entry.action == "create" and entry.details != self._about:
                     raise StoreError("ledger: what the store says of itself is not what it was created with")
                 gone |= {subject: entry.number for subject in _emptied(entry) if subject not in gone}
