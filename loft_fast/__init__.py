@@ -12,6 +12,7 @@ from loft_fast.grouped_moments import GroupedMoments
 from loft_fast.moments import Moments
 from loft_fast.nested import solve_within
 from loft_fast.projection import Certificate, Projection
+from loft_fast.release import release
 from loft_fast.solver import solve
 from loft_fast.store import UnlearningStore
 from loft_fast.surgery import Attached, attach, fold
@@ -40,6 +41,7 @@ __all__ = [
     "evaluate",
     "fetch_moments",
     "fold",
+    "release",
     "solve",
     "solve_batch",
     "solve_within",
