@@ -53,6 +53,23 @@ def test_bfloat16(shape, benchmark):
     compete(benchmark, f"bfloat16 {shape[0]} x {shape[1]}", lambda: ours(x), rivals, off, rounds=3)
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
+def test_exact(shape, benchmark):
+    x = features(*shape, seed=0)
+    largest = float(x.abs().max())
+
+    def exact():
+        return Moments(shape[1], exact=largest).update(x)
+
+    off = error(exact().covariance(), x)
+    assert off < 1e-5
+    rivals = {
+        "float64 state": Rival(lambda: ours(x), "loft_fast", target=0.5),
+        "torch.cov of float64 copies": Rival(lambda: torch.cov(x.double().T)),
+    }
+    compete(benchmark, f"exact, float32 {shape[0]} x {shape[1]}", exact, rivals, off)
+
+
 def test_small_batches(benchmark):
     dim, batches = 768, features(32 * 128, 768, seed=0).split(128)
     labels = [torch.zeros(128, 1) for _ in batches]

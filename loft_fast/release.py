@@ -15,9 +15,10 @@ from torch import Tensor
 from loft_fast.errors import InputError
 from loft_fast.float_state import FloatState
 from loft_fast.moments import Moments
+from loft_fast.ops.reference import LARGEST
 from loft_fast.state import lasting
 
-_SLACK = 1e-9  # relative rounding of a mean squared norm
+_SLACK = 1e-6  # relative rounding of a norm, where rows were scaled to it in float32
 
 
 @lasting
@@ -32,7 +33,7 @@ def release(
 
     Args:
         moments: of at least one row; left as they are.
-        norm: the largest norm a row may have, in the units of the features.
+        norm: the largest norm a row may have, in the units of the features (before exact moments round it).
         epsilon: greater than 0. delta: between 0 and 1, best far below 1 / count.
         generator: of the noise, for tests. None: seeded by the system's source of secrets.
 
@@ -44,19 +45,19 @@ def release(
     if not moments.count:
         raise InputError("moments: got no rows, expected at least one")
     _check("norm", norm, 1e100)
+    step = moments.exact / LARGEST if isinstance(moments.exact, float) else 0.0
+    longest = norm * (1 + _SLACK) + moments.dim**0.5 * step / 2  # after rounding
     squares = float(moments.scatter.trace()) / moments.count + float(moments.mean.square().sum())
-    if squares > norm**2 * (1 + _SLACK):
-        raise InputError(
-            f"norm: got {norm:g}, but the rows have norms of {squares**0.5:g} in the mean, so more at times"
-        )
+    if squares > longest**2:
+        raise InputError(f"norm: got {norm:g}, but the rows have norms of {squares**0.5:g} in the mean square")
     if generator is None:
         generator = torch.Generator().manual_seed(secrets.randbits(63))
-    noisy = _noisy_products(moments, norm, noise_scale(3**0.5 * norm**2, epsilon, delta), generator)
+    noisy = _noisy_products(moments, longest, noise_scale(3**0.5 * longest**2, epsilon, delta), generator)
 
     # What follows needs no data, and so gives nothing more away.
     state = FloatState(moments.dim, moments.device)
-    state.count = max(1, round(float(noisy[-1, -1]) / norm**2))
-    state.vector = noisy[-1, :-1] / (norm * state.count)
+    state.count = max(1, round(float(noisy[-1, -1]) / longest**2))
+    state.vector = noisy[-1, :-1] / (longest * state.count)
     scatter = noisy[:-1, :-1] - state.count * torch.outer(state.vector, state.vector)
     values, vectors = torch.linalg.eigh(scatter)
     scatter = (vectors * values.clamp_min(0)) @ vectors.T

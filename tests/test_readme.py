@@ -56,6 +56,7 @@ def test_snippets_run_in_order_and_do_what_their_comments_say(tmp_path, monkeypa
         for kind, gone in (("retain", False), ("forget", True))
     }
     names = {"model": Net(), "loader": everything, "retrained_model": Net()}
+    names |= {"unit_rows": torch.nn.functional.normalize(torch.randn(500, 64))}
     names |= {"retain_loader": parts["retain_train"], "forget_loader": parts["forget_train"]}
     for block in blocks("python"):
         # The one placeholder of the README: four loaders of the reader's own.
@@ -65,6 +66,11 @@ def test_snippets_run_in_order_and_do_what_their_comments_say(tmp_path, monkeypa
     assert "no projector below" in shown
     assert "probe_auc=" in shown
     assert names["moments"].keys() == [0, 1, 2, 4, 5, 6, 7]
+    assert names["store"].verify(names["receipt"])["groups"] == 7
+    at_once = loft_fast.solve(
+        names["exact"].without([1, 3, 5]), names["exact"].select([1, 3, 5]), head=names["model"].fc
+    )
+    assert torch.equal(names["projection"].basis, at_once.basis)
 
 
 def test_earlier_layers_can_be_checked_as_the_limits_say():
@@ -81,7 +87,7 @@ def test_make_targets_exist(line):
 
 def test_loft_fast_commands_run_in_order(tmp_path, monkeypatch):
     lines = [line.removeprefix(".venv/bin/") for line in commands() if "loft-fast " in line]
-    assert len(lines) == 3
+    assert len(lines) == 10
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -92,15 +98,14 @@ def test_loft_fast_commands_run_in_order(tmp_path, monkeypatch):
     sys.path.insert(0, str(Path(__file__).parent))
     for line in lines:
         assert cli.main(shlex.split(line)[1:]) == 0, line
-    assert {"moments.safetensors", "projection.safetensors", "net.safetensors"} <= {
-        path.name for path in Path().iterdir()
-    }
+    made = {"moments", "projection", "net", "exact", "forgotten"}
+    assert {f"{name}.safetensors" for name in made} | {"receipt.json"} <= {path.name for path in Path().iterdir()}
 
 
 def test_pip_lines_name_extras_that_exist():
     """That the wheel installs is shown by test_packaging."""
     lines = [line for line in commands() if line.startswith("pip ")]
-    assert len(lines) == 2
+    assert len(lines) == 3
     extras = set(re.findall(r"\[(\w+)\]", " ".join(lines)))
     assert extras <= set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE))
 

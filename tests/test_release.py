@@ -129,6 +129,16 @@ def test_released_moments_are_moments():
     assert (released + released).count == 2 * released.count
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("exact", [None, 1.0])
+def test_rows_of_just_that_norm(dtype, exact):
+    # Rounding makes some of them longer, by float32 and by the steps of exact moments: that is allowed for.
+    x = torch.nn.functional.normalize(normal(400, 64)).to(dtype)
+    moments = Moments(64, exact=exact).update(x)
+    assert float(moments.second_moment(torch.zeros(64)).trace()) != 1
+    assert release(moments, 1.0, 1.0, 1e-6).dim == 64
+
+
 def test_many_rows_drown_the_noise():
     x = bounded(200_000, 16) * torch.linspace(1, 0.1, 16, dtype=F64)
     x = x * 0.5 + torch.tensor([0.1] * 16)
@@ -163,7 +173,7 @@ def test_few_rows_are_lost_in_it():
         ((1.0, 1.0, 0.0), r"^delta: got 0.0, expected a number between 0 and 1"),
         ((1.0, 1.0, 1.0), r"^delta: got 1.0"),
         ((1.0, 1.0, True), r"^delta: got True"),
-        ((0.5, 1.0, 1e-6), r"^norm: got 0.5, but in the mean square, rows have norms of 1"),
+        ((0.5, 1.0, 1e-6), r"^norm: got 0.5, but the rows have norms of 1 in the mean square"),
     ],
 )
 def test_refusals(arguments, message):
