@@ -24,7 +24,7 @@ class Merge {
     using Input = In;
     using Value = T;
     using State = Running;
-    static constexpr int bytes = Bytes;
+    static constexpr int bytes = Bytes, fold = 1, parts = 1;
 
     Merge(const Source<In>& source, const State& state, int64_t rows)
         : source_(source),
@@ -65,8 +65,9 @@ class Merge {
     }
 
     // Rows less the reference of their block; and their sum.
-    LOFT_INLINE void place(const In* values, int64_t stride, int64_t columns, int64_t p, int slot, int64_t chunk,
-                           T* out) {
+    LOFT_INLINE void place(const std::array<const In*, 1>& rows, int64_t stride, int64_t columns, int64_t p, int slot,
+                           int64_t chunk, T* out) {
+        const In* values = rows[0];
         const T* center = slots_[slot].center.data() + p * kWidth;
         double* sum = sums_.data() + (chunk * panels_ + p) * kWidth;
         for (int64_t j = 0; j < columns; ++j) {
@@ -100,6 +101,12 @@ class Merge {
             mean_[j] = block.before ? mean_[j] + delta * (n / total) : center;
             if (block.last) state[j] = origin_[j] + mean_[j];
         }
+    }
+
+    static LOFT_INLINE void part(const T* from, int, T* to) { std::copy_n(from, Shape<T, Bytes>::height, to); }
+
+    static LOFT_INLINE void multiply(const T* left, const T* right, int64_t rows, T* acc) {
+        loft_fast::multiply<T, Bytes>(left, right, rows, acc);
     }
 
     LOFT_INLINE void fetch(const Block& block, int64_t p, int64_t q) const { tile(block, p, q).fetch(d_); }

@@ -54,25 +54,33 @@ constexpr int64_t chunks_of(int64_t rows) { return (rows + kChunk - 1) / kChunk;
 //
 // Job: what is done with the rows. Of two blocks at a time, told apart by a slot, 0 or 1:
 //     Input, Value, bytes       types of a row's and of a packed number; width of a vector
+//     fold                      rows that share a packed number
+//     parts, part(from, k, to)  a packed number is made of so many, which are multiplied one after another; those of
+//                               one row of a sliver
 //     State                     what it writes to
 //     Job(source, state, rows)  for blocks of so many rows at most
 //     preparations()            how many steps it takes to prepare a block
 //     prepare(block, slot, i)   one of them
 //     open(chunk)               rows of this chunk come next
-//     place(values, stride, columns, panel, slot, chunk, out)   pack some columns of a row
+//     place(rows, stride, columns, panel, slot, chunk, out)   pack some columns of `fold` rows; the last may be null
 //     finish(block, slot)       all rows are packed
 //     fetch(block, p, q)        the product of panels p and q will be needed soon
-//     settle(block, slot, p, q, acc)   here it is
+//     multiply(left, right, rows, acc)   slivers of one part by a panel, of so many packed rows
+//     settle(block, slot, p, q, acc)   here is the product, of all parts
 template <typename Job>
 class Pipeline {
     using In = typename Job::Input;
     using T = typename Job::Value;
     static constexpr int kWidth = Shape<T, Job::bytes>::width, kHeight = Shape<T, Job::bytes>::height;
+    static constexpr int kFold = Job::fold, kParts = Job::parts;
+    static_assert(kChunk % kFold == 0);
+
+    static constexpr int64_t packed(int64_t rows) { return (rows + kFold - 1) / kFold; }
 
   public:
     // What one member needs for itself.
     struct Scratch {
-        explicit Scratch(int64_t rows) : slivers(kWidth * rows) {}
+        explicit Scratch(int64_t rows) : slivers(kParts * kWidth * packed(rows)) {}
         Aligned<T> slivers;
     };
 
@@ -80,7 +88,7 @@ class Pipeline {
         : source_(source),
           d_(source.x.d),
           panels_(panels_of(d_, kWidth)),
-          stride_(kWidth * rows + kApart / static_cast<int64_t>(sizeof(T))),
+          stride_(kWidth * packed(rows) + kApart / static_cast<int64_t>(sizeof(T))),
           chunks_(chunks_of(rows)),
           job_(source, state, rows),
           packed_rows_{Aligned<T>(panels_ * stride_), Aligned<T>(panels_ * stride_)} {
@@ -128,21 +136,24 @@ class Pipeline {
         const int64_t start = chunk * kChunk, end = std::min(block.n, start + kChunk), whole = d_ / kWidth;
         const int64_t stride = source_.x.col_stride;
         job_.open(chunk);
-        for (int64_t r = start; r < end; ++r) {
-            const In* values = source_.row(block.start + r);
-            if (source_.order && r + kAhead < block.n) {  // no hardware guesses where these rows are
-                const In* later = source_.row(block.start + r + kAhead);
-                for (int64_t j = 0; j < d_; j += 64 / static_cast<int64_t>(sizeof(In)))
-                    LOFT_PREFETCH(later + j * stride, 0);
+        for (int64_t r = start; r < end; r += kFold) {
+            std::array<const In*, kFold> rows{};
+            for (int f = 0; f < kFold && r + f < end; ++f) {
+                rows[f] = source_.row(block.start + r + f);
+                if (source_.order && r + f + kAhead < block.n) {  // no hardware guesses where these rows are
+                    const In* later = source_.row(block.start + r + f + kAhead);
+                    for (int64_t j = 0; j < d_; j += 64 / static_cast<int64_t>(sizeof(In)))
+                        LOFT_PREFETCH(later + j * stride, 0);
+                }
             }
             for (int64_t p = 0; p < whole; ++p) {
-                T* out = panel(index, p) + r * kWidth;
-                stride == 1 ? job_.place(values, 1, kWidth, p, slot, chunk, out)
-                            : job_.place(values, stride, kWidth, p, slot, chunk, out);
+                T* out = panel(index, p) + r / kFold * kWidth;
+                stride == 1 ? job_.place(rows, 1, kWidth, p, slot, chunk, out)
+                            : job_.place(rows, stride, kWidth, p, slot, chunk, out);
             }
             if (whole < panels_) {
-                T* out = panel(index, whole) + r * kWidth;
-                job_.place(values, stride, d_ - whole * kWidth, whole, slot, chunk, out);
+                T* out = panel(index, whole) + r / kFold * kWidth;
+                job_.place(rows, stride, d_ - whole * kWidth, whole, slot, chunk, out);
                 std::fill(out + d_ % kWidth, out + kWidth, T(0));
             }
         }
@@ -153,16 +164,18 @@ class Pipeline {
 
     LOFT_INLINE void multiply_add(int64_t index, const Tiles& tiles, Scratch& own) {
         const Block& block = blocks_[index];
+        const int64_t rows = packed(block.n);
         T* to = own.slivers.get();
-        for (int s = 0; s < kWidth; s += kHeight) {
-            const T* from = panel(index, tiles.panel) + s;
-            for (int64_t r = 0; r < block.n; ++r, from += kWidth)
-                for (int i = 0; i < kHeight; ++i) *to++ = from[i];
-        }
-        alignas(64) T acc[kWidth * kWidth];
+        for (int k = 0; k < kParts; ++k)
+            for (int s = 0; s < kWidth; s += kHeight) {
+                const T* from = panel(index, tiles.panel) + s;
+                for (int64_t r = 0; r < rows; ++r, from += kWidth, to += kHeight) Job::part(from, k, to);
+            }
+        alignas(64) T acc[kParts * kWidth * kWidth];
         for (int64_t p = tiles.left; p < tiles.right; ++p) {
             job_.fetch(block, tiles.panel, p);
-            multiply<T, Job::bytes>(own.slivers.get(), panel(index, p), block.n, acc);
+            for (int k = 0; k < kParts; ++k)
+                Job::multiply(own.slivers.get() + k * kWidth * rows, panel(index, p), rows, acc + k * kWidth * kWidth);
             job_.settle(block, index % 2, tiles.panel, p, acc);
         }
     }

@@ -89,7 +89,7 @@ __attribute__((target("avx2,fma,f16c"))) void work_avx2(Team& team, typename Tea
     team.work(own);
 }
 template <typename Team>
-__attribute__((target("avx512f,avx512vl,prefer-vector-width=512"))) void work_avx512(Team& team,
+__attribute__((target("avx512f,avx512vl,avx512bw,prefer-vector-width=512"))) void work_avx512(Team& team,
                                                                                      typename Team::Scratch& own) {
     team.work(own);
 }
@@ -108,7 +108,8 @@ void work(Team& team, typename Team::Scratch& own) {
 // The widest vectors of this machine, of those that kernels are compiled for: 64, 32 or 16 bytes.
 inline int vector_bytes() {
 #if LOFT_X86
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl")) return 64;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw"))
+        return 64;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return 32;
 #endif
     return 16;

@@ -1,5 +1,8 @@
 #include "quantized_update.h"
 
+#include <cstring>
+
+#include "pair_product.h"
 #include "pipeline.h"
 
 namespace loft_fast {
@@ -11,16 +14,17 @@ struct Exact {
     const std::vector<int64_t*>& product;
 };
 
-// Adds blocks of integers, held as float64: whose sums, of 512 products below 2^30, are exact.
+// Adds blocks of integers: exact, whatever is added first.
 template <typename In, int Bytes>
 class Quantize {
-    static constexpr int kWidth = Shape<double, Bytes>::width;
+    static constexpr int kWidth = Shape<Pair, Bytes>::width;
+    static_assert(kBlock * kLargest * 128 <= INT32_MAX, "products with the parts of `low_of` and `high_of` must fit");
 
   public:
     using Input = In;
-    using Value = double;
+    using Value = Pair;
     using State = Exact;
-    static constexpr int bytes = Bytes;
+    static constexpr int bytes = Bytes, fold = 2, parts = 2;
 
     Quantize(const Source<In>& source, const State& state, int64_t rows)
         : state_(state),
@@ -37,46 +41,77 @@ class Quantize {
         clipped_[chunk] = 0;
     }
 
-    LOFT_INLINE void place(const In* values, int64_t stride, int64_t columns, int64_t p, int, int64_t chunk,
-                           double* out) {
-        constexpr double kShift = 0x1.8p52;  // numbers of this size have no fraction
-        double* sum = sums_.data() + (chunk * panels_ + p) * kWidth;
-        double clipped = 0;
-        for (int64_t j = 0; j < columns; ++j) {
-            const double value = value_of(values[(p * kWidth + j) * stride]) * state_.inverse;
-            const double above = value < -kLargest ? -kLargest : value, bounded = above > kLargest ? kLargest : above;
-            clipped += value == bounded ? 0.0 : 1.0;
-            out[j] = (bounded + kShift) - kShift;
-            sum[j] += out[j];
-        }
-        clipped_[chunk] += clipped;
+    LOFT_INLINE void place(const std::array<const In*, 2>& rows, int64_t stride, int64_t columns, int64_t p, int,
+                           int64_t chunk, Pair* out) {
+        int64_t first[kWidth], second[kWidth] = {};
+        quantize(rows[0], stride, columns, p, chunk, first);
+        if (rows[1]) quantize(rows[1], stride, columns, p, chunk, second);
+        for (int64_t j = 0; j < columns; ++j)
+            out[j] = pair_of(static_cast<int32_t>(first[j]), static_cast<int32_t>(second[j]));
+    }
+
+    static LOFT_INLINE void part(const Pair* from, int k, Pair* to) {
+        constexpr int kCount = 2 * Shape<Pair, Bytes>::height;
+        int16_t numbers[kCount];
+        std::memcpy(numbers, from, sizeof numbers);
+        if (k == 0)
+            for (int i = 0; i < kCount; ++i) numbers[i] = low_of(numbers[i]);
+        else
+            for (int i = 0; i < kCount; ++i) numbers[i] = high_of(numbers[i]);
+        std::memcpy(to, numbers, sizeof numbers);
+    }
+
+    static LOFT_INLINE void multiply(const Pair* left, const Pair* right, int64_t pairs, int32_t* acc) {
+        multiply_pairs<Bytes>(left, right, pairs, acc);
     }
 
     LOFT_INLINE void finish(const Block& block, int) {
         int64_t* total = state_.total + block.group * d_;
         for (int64_t c = 0; c < chunks_of(block.n); ++c) {
             for (int64_t j = 0; j < d_; ++j) total[j] += static_cast<int64_t>(sums_[c * panels_ * kWidth + j]);
-            state_.clipped[block.group] += static_cast<int64_t>(clipped_[c]);
+            state_.clipped[block.group] += clipped_[c];
         }
     }
 
     LOFT_INLINE void fetch(const Block& block, int64_t p, int64_t q) const { tile(block, p, q).fetch(d_); }
 
-    LOFT_INLINE void settle(const Block& block, int, int64_t p, int64_t q, const double* acc) {
+    LOFT_INLINE void settle(const Block& block, int, int64_t p, int64_t q, const int32_t* low) {
+        const int32_t* high = low + kWidth * kWidth;
         const auto to = tile(block, p, q);
         for (int64_t i = 0; i < to.height; ++i)
-            for (int64_t j = 0; j < to.width; ++j) to.corner[i * d_ + j] += static_cast<int64_t>(acc[i * kWidth + j]);
+            for (int64_t j = 0; j < to.width; ++j) {
+                const int64_t at = i * kWidth + j;
+                to.corner[i * d_ + j] += 256 * static_cast<int64_t>(high[at]) + low[at];
+            }
         if (block.last) to.reflect(d_);
     }
 
   private:
+    // Columns of a row as integers, in the low halves of `out`. They are added to the sums; clipped ones are counted.
+    LOFT_INLINE void quantize(const In* row, int64_t stride, int64_t columns, int64_t p, int64_t chunk, int64_t* out) {
+        constexpr double kShift = 0x1.8p52;  // numbers of this size have no fraction, and their integer in the low bits
+        const In* values = row + p * kWidth * stride;
+        double* sum = sums_.data() + (chunk * panels_ + p) * kWidth;
+        int64_t clipped = 0;
+        for (int64_t j = 0; j < columns; ++j) {
+            const double value = value_of(values[j * stride]) * state_.inverse;
+            const double above = value < -kLargest ? -kLargest : value, bounded = above > kLargest ? kLargest : above;
+            const double shifted = bounded + kShift;
+            clipped += value != bounded;
+            sum[j] += shifted - kShift;
+            std::memcpy(out + j, &shifted, sizeof shifted);
+        }
+        clipped_[chunk] += clipped;
+    }
+
     LOFT_INLINE Tile<kWidth, int64_t> tile(const Block& block, int64_t p, int64_t q) const {
         return {state_.product[block.group], d_, p, q};
     }
 
     const State state_;
     const int64_t d_, panels_;
-    std::vector<double> sums_, clipped_;
+    std::vector<double> sums_;
+    std::vector<int64_t> clipped_;
 };
 
 template <typename In>

@@ -109,6 +109,24 @@ def test_the_largest_products_are_exact(dtype):
     assert int(state[1].abs().sum()) == 0
 
 
+# Integers whose high or low byte is as large as can be, with either sign; all of them float64 and float32 can hold.
+EXTREMES = [32767, 32640, 32639, 32512, 255, 128, 127, 1, 0]
+
+
+@pytest.mark.parametrize("n", [1, 2, 511, 512, 513, 1025])
+def test_whole_blocks_of_the_largest_parts(n, dtype):
+    if dtype in (torch.float16, torch.bfloat16):
+        pytest.skip("it rounds them")
+    values = torch.tensor(EXTREMES + [-value for value in EXTREMES] + [32767] * 9).double() * SCALE
+    signs = torch.tensor([[1.0]] * n)
+    signs[n // 2 :: 3] = -1.0
+    for x in (values.repeat(n, 1), signs * values):  # sums of one sign, and of both
+        x = x.to(dtype)
+        state = add(empty(1, len(values)), x)
+        assert torch.equal(bits(state), bits(truth(x)))
+    assert int(state[3][0][0, 0]) == n * 32767**2
+
+
 @given(data=st.data())
 def test_order_pieces_threads_and_backends_do_not_matter(data):
     n, d, groups = data.draw(st.integers(0, 90)), data.draw(st.integers(1, 30)), data.draw(st.integers(1, 4))
