@@ -6,12 +6,12 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 # Threads that wait by spinning slow each other down many times over where the cores are shared, as on most CI machines.
 # Benchmarks see what users see: the default.
-demo test quality: export OMP_WAIT_POLICY ?= PASSIVE
+demo test fuzz quality: export OMP_WAIT_POLICY ?= PASSIVE
 
 MEASURE := mkdir -p .benchmarks && $(BIN)/python -m pytest bench --benchmark-only \
 	--benchmark-json=.benchmarks/last.json --benchmark-columns=median,iqr,rounds
 
-.PHONY: help demo test lint bench bench-check quality clean
+.PHONY: help demo test lint bench bench-check fuzz quality clean
 help:            ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
 
@@ -33,6 +33,10 @@ bench: .venv/dev ## time the package against its peers; table, and files in benc
 bench-check: .venv/dev ## the same, compared with the stored ratios: fails on a regression of more than 20%
 	$(MEASURE)
 	$(BIN)/python -m bench.report .benchmarks/last.json --check
+
+fuzz: .venv/dev  ## random and damaged files for every reader of files (about six minutes)
+	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests/test_fuzz.py
+	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests/test_store_faults.py -k "foreign or changed"
 
 quality: .venv/dev ## forgetting on real data against the rivals (about an hour)
 	$(PIP) -e '.[quality]'

@@ -135,9 +135,7 @@ def _line(entry: Entry) -> str:
 
 def _read_receipt(path: Path) -> dict[str, Any]:
     try:
-        with path.open("rb") as file:
-            text = file.read(_LARGEST + 1)
-        receipt = json.loads(text) if len(text) <= _LARGEST else None
+        receipt = json.loads(path.read_bytes()) if path.stat().st_size <= _LARGEST else None
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"receipt: cannot read {str(path)!r}: {error}") from error
     if not isinstance(receipt, dict):

@@ -109,7 +109,7 @@ def read(path: str | os.PathLike[str]) -> Result:
     try:
         result = json.loads(place.read_text())
         text(result)
-    except (OSError, ValueError, TypeError, LookupError, StopIteration) as error:
+    except (AttributeError, OSError, RecursionError, ValueError, TypeError, LookupError, StopIteration) as error:
         raise FileFormatError(f"path: cannot read {str(place)!r} as a demo's result: {error!r}") from error
     return result  # type: ignore[no-any-return]
 

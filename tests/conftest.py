@@ -18,7 +18,8 @@ torch.set_num_threads(1)
 
 # The same examples in every run, and no clock: how long an example takes says nothing about right or wrong.
 settings.register_profile("tests", deadline=None, derandomize=True, database=None, max_examples=40)
-settings.load_profile("tests")
+settings.register_profile("fuzz", deadline=None, database=None, max_examples=1500)  # other examples in every run
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "tests"))
 
 
 @pytest.fixture(scope="session")
