@@ -11,8 +11,8 @@ from loft_fast.fetch import fetch_moments
 from loft_fast.grouped_moments import GroupedMoments
 from loft_fast.moments import Moments
 from loft_fast.nested import solve_within
+from loft_fast.privacy import release
 from loft_fast.projection import Certificate, Projection
-from loft_fast.release import release
 from loft_fast.solver import solve
 from loft_fast.store import UnlearningStore
 from loft_fast.surgery import Attached, attach, fold

@@ -14,13 +14,14 @@ from torch import Tensor
 from loft_fast.errors import InputError
 from loft_fast.float_state import FloatState
 from loft_fast.moments import Moments
+from loft_fast.ops.reference import LARGEST
 from loft_fast.state import lasting, unpack
 
 _LIMITS = 1e-50, 1e50  # of arguments: far beyond use, and no square of a square overflows
 _ROUNDING = 1e-6  # relative, of the norm of a row that was scaled to it in float32
-_STEPS = 32767  # of exact moments, up to the largest magnitude
+_ULPS = 2e-15  # relative, of a few operations in float64
 # In units of norm^2, what one row a = (z, 1), |z| <= 1, can change in the upper triangle of the sum of a a^T:
-# sum_{i<=j} a_i^2 a_j^2 = (|a|^4 + sum_i a_i^4) / 2 <= (2^2 + 1 + 1) / 2 = 3, as |a|^2 <= 2 and sum_i z_i^4 <= |z|^4 <= 1.
+# sum_{i<=j} a_i^2 a_j^2 = (|a|^4 + sum_i a_i^4) / 2 <= (2^2 + 1 + 1) / 2 = 3, as |a|^2 <= 2 and sum_i z_i^4 <= |z|^4.
 # It is reached where z has a single number, +-1. (The Frobenius norm of all of a a^T, which counts pairs twice, is 2.)
 _SENSITIVITY = 3**0.5
 
@@ -36,16 +37,16 @@ def release(
     - anything for rows longer than `norm`: clip them before they are added. Moments cannot show every violation.
     - the sum of several releases of the same rows: their epsilons and deltas add up. Those of disjoint rows do not.
     - to hide whether there are any rows at all, or what a refusal says: do not publish an error.
-    - exact arithmetic. Normal numbers of a computer are not quite normal (Mironov 2012: the low-order bits), and sums in
-      floating point round differently with one row more. Sums of exact moments do not, given `exact` as a number:
+    - exact arithmetic. Normal numbers of a computer are not quite normal (Mironov 2012: the low-order bits), and sums
+      in floating point round differently with one row more. Sums of exact moments do not, given `exact` as a number:
       exact=True takes the step from the rows.
 
     Args:
         moments: at least one row; not changed.
         norm: Euclidean norm that no row exceeds, in units of the features. Chosen without looking at the rows.
         epsilon, delta: the privacy parameters; delta in (0, 1), far below 1 / count.
-        generator: for tests, with the same noise for the same seed. None draws it from the system's secure source, since
-            32 bits are all that torch.Generator takes from a seed: few enough to try them all.
+        generator: for tests, with the same noise for the same seed. None draws it from the system's secure source, as
+            32 bits are all that torch.Generator takes from a seed on a CPU: few enough to try them all.
 
     Returns:
         Float64 moments of the same site: count (at least 1), mean (d,), and scatter (d, d), positive semidefinite. The
@@ -62,7 +63,7 @@ def release(
         raise InputError(f"generator: got {type(generator).__name__}, expected a torch.Generator or None")
     _check("norm", norm, *_LIMITS)
     sigma = noise_scale(_SENSITIVITY, epsilon, delta)
-    step = float(moments.exact or 0.0) / _STEPS
+    step = float(moments.exact or 0.0) / LARGEST
     norm_bound = norm * (1 + _ROUNDING) + moments.dim**0.5 * step / 2  # exact moments round every feature
     mean_square = float(moments.mean.square().sum())
     needed = max(mean_square, mean_square + float(moments.scatter.trace()) / moments.count) ** 0.5
@@ -90,16 +91,17 @@ def noise_scale(sensitivity: float, epsilon: float, delta: float) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if _delta(middle, epsilon) <= delta else (low, middle)
     far = math.hypot(low, math.sqrt(2 * epsilon))
-    # Two forms of one number: neither subtracts.
-    return sensitivity * ((far - low) / (2 * epsilon) if low < 0 else 1 / (far + low))
+    # Two forms of one number: neither cancels digits.
+    sigma = (far - low) / (2 * epsilon) if low < 0 else 1 / (far + low)
+    return sensitivity * sigma * (1 + 2 * _ULPS)
 
 
 def _delta(near: float, epsilon: float) -> float:
     """Phi(near) - e^epsilon Phi(-far), never less than it is: rounding costs noise, not privacy."""
     far = math.hypot(near, math.sqrt(2 * epsilon))
     first, second = torch.special.log_ndtr(torch.tensor([near, -far], dtype=torch.float64)).tolist()
-    error = 2e-15 * (epsilon - first - second)
-    return -math.exp(first) * math.expm1(epsilon + second - first - error)
+    error = _ULPS * (epsilon - first - second)
+    return -math.exp(first + _ULPS * (1 - first)) * math.expm1(epsilon + second - first - error)
 
 
 def _noisy_products(moments: Moments, norm: float, sigma: float, generator: torch.Generator | None) -> Tensor:

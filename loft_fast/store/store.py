@@ -67,18 +67,22 @@ class UnlearningStore:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._ledger = Ledger(self.path / _LEDGER)
-        self._number = -1
-        about = self._ledger.about()
-        if about.get("schema") != str(SCHEMA):
-            raise StoreError(f"path: {str(path)!r} has schema {about.get('schema')!r}, this version reads '{SCHEMA}'")
-        self._about = about
-        self._key = read_secret(self.path / _SUBJECTS)
-        if about.get("key") != pseudonym(self._key, ""):
-            raise StoreError(f"{_SUBJECTS}: it is not the key of this store")
-        self._sums = Sums(self.path / _LEDGER, self._key)
-        with self._turn():
-            self._sums.recover(self._ledger.checkpoint)
-            collect(self.path, self._ledger)
+        self._number = -1  # of the entry whose state is in memory
+        try:
+            self._about = self._ledger.about()
+            if self._about.get("schema") != str(SCHEMA):
+                found = self._about.get("schema")
+                raise StoreError(f"path: {str(path)!r} has schema {found!r}, this version reads '{SCHEMA}'")
+            self._key = read_secret(self.path / _SUBJECTS)
+            if self._about.get("key") != pseudonym(self._key, ""):
+                raise StoreError(f"{_SUBJECTS}: it is not the key of this store")
+            self._sums = Sums(self.path / _LEDGER, self._key)
+            with self._turn():
+                self._sums.recover(self._ledger.checkpoint)
+                collect(self.path, self._ledger)
+        except BaseException:
+            self.close()
+            raise
 
     @classmethod
     def create(
