@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict
@@ -11,7 +12,7 @@ from typing import Any
 
 from loft_fast import files
 from loft_fast.cli_tools import check_solving, key_of, load_model, solving, write_weights
-from loft_fast.errors import InputError, StoreError
+from loft_fast.errors import InputError, MissingExtraError, StoreError
 from loft_fast.grouped_moments import GroupedMoments
 from loft_fast.store import Entry, UnlearningStore
 
@@ -60,9 +61,11 @@ def _init(options: argparse.Namespace) -> tuple[Any, str]:
     with UnlearningStore.create(
         options.store, moments, model, min_rows=options.min_rows, keep_forgotten=options.keep_forgotten
     ) as store:
-        found = {"store": str(options.store), **store.verify(), "public_key": store.public_key}
+        found = {"store": str(options.store), **store.verify()}
+        with contextlib.suppress(MissingExtraError):  # without it there are no receipts to verify
+            found["public_key"] = store.public_key
     words = f"store {options.store}: {found['groups']} groups, {found['rows']} rows of {moments.dim} features"
-    return found, f"{words}\npublic key {found['public_key']}"
+    return found, words + (f"\npublic key {found['public_key']}" if "public_key" in found else "")
 
 
 def _forget(options: argparse.Namespace) -> tuple[Any, str]:

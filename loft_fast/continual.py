@@ -24,7 +24,7 @@ class Continual:
 
     For that, the moments of what was forgotten have to be kept. Without them, each projection is the best one inside
     the last: what was forgotten stays so, but a little more is lost of the rest, the order matters, and a `rank` that
-    was asked for shrinks by one with each request.
+    was asked for shrinks by one with each request, down to 1.
 
     Args:
         moments: of all rows, by group; left as they are.
@@ -101,6 +101,8 @@ def solve_next(
     """The projection after a request for `part`; `forgotten` is all that was asked for, `part` included, if known."""
     if forgotten is not None or last is None:
         return solve(retain, part if forgotten is None else forgotten, **options)
+    if last.rank == 1:  # there is nothing left to give up, and a request must not fail for that
+        return last
     if options.get("rank") is not None:
         options["rank"] = min(options["rank"], last.rank - 1)
     return solve_within(last, retain, part, **options)

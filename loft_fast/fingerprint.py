@@ -23,8 +23,8 @@ def fingerprint(model: nn.Module, site: str | None = None, whole: bool = True) -
     place = find_site(model, site)
     reader = f"{place.name}." if place.side == "input" and not whole else None
     found = hashlib.sha256()
-    for name, tensor in sorted(unwrap(model).state_dict().items()):
-        name = name.replace("_orig_mod.", "")
+    state = {name.replace("_orig_mod.", ""): tensor for name, tensor in unwrap(model).state_dict().items()}
+    for name, tensor in sorted(state.items()):
         if reader is not None and name.startswith(reader):
             continue
         if not isinstance(tensor, torch.Tensor):  # what a module adds by get_extra_state

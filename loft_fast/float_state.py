@@ -74,8 +74,8 @@ class FloatState(State):
             fresh = [state.blank() for state in states]
             _merge(fresh, rows, group, check=True)
             for state, more in zip(states, fresh, strict=True):
-                both = [one for one in (state, more) if one.count]
-                state.__dict__.update(state.pooled(both).__dict__ if both else {})
+                if more.count:
+                    state.take(state.pooled([state, more]) if state.count else more)
         else:
             states[0].check(rows)
             _merge(states, rows, group)

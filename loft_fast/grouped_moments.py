@@ -199,7 +199,7 @@ class GroupedMoments:
     def _known(self, keys: Iterable[Key], name: str = "keys") -> list[Key]:
         """`keys` (the argument `name`) as plain numbers and strings, each of which is a group here."""
         plain = plain_keys(keys, name)
-        unknown = [key for key in plain if type(key) not in (int, str) or key not in self._parts]
+        unknown = [key for key in plain if key not in self._parts]
         if unknown:
             raise InputError(f"{name}: no group {unknown[0]!r}; there are {_preview(self.keys(), unknown[0])}")
         return plain
@@ -253,7 +253,11 @@ def plain_keys(keys: Iterable[Key], name: str = "keys") -> list[Key]:
     """`keys` (the argument `name`) as plain numbers and strings."""
     if isinstance(keys, str) or not isinstance(keys, Iterable):
         raise InputError(f"{name}: got {keys!r}, expected a list of keys")
-    return [_plain(key) for key in keys]
+    plain = [_plain(key) for key in keys]
+    wrong = [key for key in plain if type(key) not in (int, str)]
+    if wrong:
+        raise InputError(f"{name}: got the key {wrong[0]!r}, expected integers or strings")
+    return plain
 
 
 def _preview(keys: list[Key], wanted: Key) -> str:
@@ -275,11 +279,8 @@ def index_groups(group: Tensor | Sequence[Key], n: int) -> tuple[list[Key], Tens
         return [int(key) for key in keys.tolist()], index
     if isinstance(group, str) or not isinstance(group, Iterable):
         raise InputError(f"group: got {type(group).__name__}, expected one key per row ({n})")
-    listed = [_plain(key) for key in group]
+    listed = plain_keys(group, "group")
     _check_length(len(listed), n)
-    wrong = [key for key in listed if type(key) not in (int, str)]
-    if wrong:
-        raise InputError(f"group: got the key {wrong[0]!r}, expected integers or strings")
     position = {key: i for i, key in enumerate(dict.fromkeys(listed))}
     return list(position), torch.tensor([position[key] for key in listed], dtype=torch.int64)
 

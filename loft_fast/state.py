@@ -67,6 +67,10 @@ class State(ABC):
         new.__dict__.update(self.__dict__)
         return new
 
+    def take(self: _State, other: _State) -> None:
+        """Become what `other` is, which is not used any more."""
+        self.__dict__.update(other.__dict__)
+
     def to(self: _State, device: torch.device) -> _State:
         """The same state on another device."""
         if device == self.device:

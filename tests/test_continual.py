@@ -153,7 +153,8 @@ def test_a_client_whose_rows_went_with_a_class():
     [
         (lambda c: c.forget([9]), r"^keys: no group 9; there are 0, 1"),
         (lambda c: c.forget("2"), r"^keys: got '2', expected a list of keys"),
-        (lambda c: c.forget([2.5]), r"^keys: no group 2.5"),
+        (lambda c: c.forget([2.5]), r"^keys: got the key 2.5, expected integers or strings"),
+        (lambda c: c.forget([[1]]), r"^keys: got the key \[1\]"),
         (lambda c: c.forget([]), r"^forget: the set is empty"),
         (lambda c: c.forget(range(6)), r"^retain: the set is empty"),
         (lambda c: c.forget_rows(normal(3, 11), [0, 0, 0]), r"^x: got shape"),

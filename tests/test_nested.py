@@ -105,6 +105,15 @@ def test_the_first_request_is_solved_as_ever():
     assert [other.forget([3]).rank, other.forget([4]).rank] == [7, 7]
 
 
+@pytest.mark.parametrize("options", [{"rank": 2}, {"angle": 1.5}])
+def test_no_request_fails_for_want_of_dimensions(options):
+    continual = Continual(groups(), keep_forgotten=False, **options)
+    ranks = [continual.forget([key]).rank for key in range(5)]
+    assert ranks == sorted(ranks, reverse=True)
+    assert ranks[-1] == 1
+    assert continual.retain.keys() == [5]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

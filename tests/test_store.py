@@ -10,10 +10,12 @@ import sys
 import pytest
 import torch
 from conftest import normal
+from safetensors import safe_open
 from stores import DIM, content, moments, new_store, rows
 
 import loft_fast as loft
 from loft_fast import Continual, GroupedMoments, InputError, MissingExtraError, StoreError, UnlearningStore
+from loft_fast.fingerprint import fingerprint
 from loft_fast.store import verify_receipt
 
 NAMES = ["alice", "bob", "carol", "dave", "erin", "frank"]
@@ -38,6 +40,10 @@ def test_a_new_store_holds_the_moments_and_nothing_else(store):
     (entry,) = store.ledger()
     assert (entry.action, entry.count, entry.after) == ("create", 480, moments().digest())
     assert repr(store) == f"UnlearningStore({str(store.path)!r}, entries=1)"
+    for path in (store.path / "moments").iterdir():
+        with safe_open(path, "pt") as file:
+            header = file.metadata()
+        assert (header["schema"], header["exact"], header["site"]) == ("2", repr(moments().exact), "")
     for secret in ("subjects.key", "signing.key"):
         assert stat.S_IMODE((store.path / secret).stat().st_mode) == 0o600
 
@@ -202,6 +208,8 @@ def test_integer_and_string_keys_are_different_subjects(tmp_path):
 def test_a_row_that_is_not_in_the_data_is_found_out(store):
     x, keys = rows()
     assert store.index_rows(x[:300], keys[:300]) == 300
+    with pytest.raises(InputError, match=r"^x: that would be 600 rows in the index, expected at most 480"):
+        store.index_rows(x[:300], keys[:300])
     assert store.index_rows(x[300:], keys[300:]) == 480
     other = x[:3].clone()
     other[1, 5] += 0.01  # by a few steps: sums alone do not tell
@@ -336,8 +344,11 @@ def test_without_cryptography_everything_but_receipts_works(tmp_path, monkeypatc
     with new_store(tmp_path) as store:
         store.forget([2], id="first", rank=4)
         assert store.verify()["entries"] == 2
-        with pytest.raises(MissingExtraError, match=r"pip install 'loft-fast\[store\]'"):
-            store.receipt("first")
+        for receipts in (lambda: store.receipt("first"), lambda: store.public_key):
+            with pytest.raises(MissingExtraError, match=r"pip install 'loft-fast\[store\]'"):
+                receipts()
+        monkeypatch.undo()  # and when it is there, so are receipts
+        assert store.verify(store.receipt("first"))["entries"] == 2
 
 
 # ---- models ----
@@ -373,6 +384,9 @@ def test_the_head_finds_the_angle_and_another_model_is_refused(tmp_path):
         for other in (Net(seed=1), torch.nn.Sequential(Net())):
             with pytest.raises((InputError, loft.SiteError), match=r"^(model: its fingerprint|site: no module)"):
                 store.forget([2], model=other)
+        with safe_open(next((store.path / "moments").iterdir()), "pt") as file:
+            header = file.metadata()
+        assert (header["site"], header["fingerprint"]) == ("fc:input", fingerprint(net, "fc", whole=False))
         entry = store.forget([2], model=net)
         expected = loft.solve(at_site().without([2]), at_site().select([2]), head=net.fc)
         assert same(store.projection, expected)
@@ -393,9 +407,10 @@ def test_a_folded_model_is_another_where_projections_are_for_the_original(tmp_pa
 
 
 def test_fingerprints_do_not_depend_on_wrappers_and_dtypes_count():
-    from loft_fast.fingerprint import fingerprint
-
     net = Net()
+    inside = Net()
+    inside.body = torch.compile(inside.body)
+    assert fingerprint(inside) == fingerprint(net)
     assert fingerprint(torch.compile(net), "fc") == fingerprint(torch.nn.DataParallel(net), "fc") == fingerprint(net)
     assert fingerprint(copy.deepcopy(net).double()) != fingerprint(net)
     changed = copy.deepcopy(net)
@@ -413,9 +428,11 @@ def test_fingerprints_do_not_depend_on_wrappers_and_dtypes_count():
     [
         (lambda s: s.forget([9]), r"^keys: no group 9; there are 0, 1, 2"),
         (lambda s: s.forget("2"), r"^keys: got '2', expected a list"),
-        (lambda s: s.forget([2.5]), r"^keys: no group 2.5"),
+        (lambda s: s.forget([2.5]), r"^keys: got the key 2.5, expected integers or strings"),
+        (lambda s: s.forget([[1]]), r"^keys: got the key \[1\]"),
+        (lambda s: s.index_rows(normal(2, DIM) * float("nan"), [0, 0]), r"^x: 2 of 2 rows contain NaN"),
         (lambda s: s.forget([]), r"^forget: the set is empty"),
-        (lambda s: s.forget(range(6)), r"^retain: the set is empty|^keys: "),
+        (lambda s: s.forget(range(6)), r"^retain: the set is empty"),
         (lambda s: s.forget([1], id=""), r"^id: got '', expected a text of 1 to 200"),
         (lambda s: s.forget([1], id="x" * 201), r"^id: got "),
         (lambda s: s.forget([1], id=7), r"^id: got 7"),
@@ -424,7 +441,7 @@ def test_fingerprints_do_not_depend_on_wrappers_and_dtypes_count():
         (lambda s: s.forget_rows(normal(3, 11), [0, 0, 0]), r"^x: got shape"),
         (lambda s: s.forget_rows(normal(3, DIM), [0, 0]), r"^group: got 2 keys for 3 rows"),
         (lambda s: s.forget_rows(9 * normal(3, DIM), [0, 0, 0]), r"never added"),
-        (lambda s: s.forget_rows(normal(3, DIM), [0, 0, 7]), r"^other: no group 7|^group: no group 7"),
+        (lambda s: s.forget_rows(normal(3, DIM), [0, 0, 7]), r"^other: no group 7"),
         (lambda s: s.index_rows(normal(3, 11), [0, 0, 0]), r"^x: got shape"),
         (lambda s: s.find("nothing"), r"^id: no request 'nothing' in the ledger"),
     ],

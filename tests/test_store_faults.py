@@ -34,13 +34,13 @@ def stream(path, report):
             id = f"{store._ledger.last().number}-{os.getpid()}-{number}"
             report(f"ask {id}\n")
             if number % 3 == 2 and len(left) > 2:
-                store.forget([left[-1]], id=id, rank=2)
+                store.forget([left[-1]], id=id, rank=8)
             else:
                 gone = 80 - store.moments[left[0]].count  # of the 80 rows of a group, the first ones go first
                 if gone >= 78:
                     return
                 index = (keys == left[0]).nonzero().flatten()[gone : gone + 2]
-                store.forget_rows(x[index], keys[index], id=id, rank=2)
+                store.forget_rows(x[index], keys[index], id=id, rank=8)
             report(f"done {id}\n")
 
 
@@ -52,6 +52,8 @@ def start(path, log):
     try:
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         stream(path, lambda line: os.write(handle, line.encode()))
+    except BaseException as error:
+        os.write(handle, f"failed {error!r}\n".encode())
     finally:
         os._exit(0)
 
@@ -75,6 +77,7 @@ def test_killed_at_any_moment(tmp_path):
             found = store.verify()
             entries = [entry.id for entry in store.ledger()]
             told = [line.split() for line in log.read_text().splitlines()]
+            assert not [line for line in told if line[0] == "failed"]
             finished = [id for word, id in told if word == "done"]
             assert all(id in entries for id in finished)  # what was answered has happened
             asked = told[-1][1] if told and told[-1][0] == "ask" else None
@@ -281,7 +284,7 @@ TAMPERING = {
     "another scale": "UPDATE about SET value = '1.0' WHERE name = 'exact'",
     "another fingerprint": "UPDATE about SET value = 'x' WHERE name = 'fingerprint'",
     "another minimum": "UPDATE about SET value = '0' WHERE name = 'min_rows'",
-    "another public key": "UPDATE about SET value = '00' WHERE name = 'public_key'",
+    "another signing key": "UPDATE about SET value = '00' WHERE name = 'signing'",
     "no key check": "DELETE FROM about WHERE name = 'key'",
     "nothing about it": "DELETE FROM about",
     "no table of entries": "DROP TABLE entries",

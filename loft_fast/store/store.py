@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import secrets
 import shutil
@@ -21,10 +20,11 @@ from tqdm.auto import tqdm
 
 from loft_fast import files
 from loft_fast.continual import solve_next
-from loft_fast.errors import InputError, MissingExtraError, StoreError
+from loft_fast.errors import InputError, StoreError
 from loft_fast.fingerprint import fingerprint
 from loft_fast.grouped_moments import GroupedMoments, Key, index_groups, plain_keys
 from loft_fast.moments import as_rows
+from loft_fast.ops.arguments import largest_magnitude
 from loft_fast.ops.reference import LARGEST, quantize
 from loft_fast.projection import Projection
 from loft_fast.sites import find_site
@@ -53,8 +53,9 @@ class UnlearningStore:
     says more).
 
     The ledger holds no subjects, only keyed pseudonyms of them, with the key in the file `subjects.key`: whoever has it
-    can find out whether a given subject was forgotten, and nothing else. The names of groups that are retained stand in
-    the files of their moments. Deleted files are unlinked: what becomes of the blocks is up to the file system.
+    can find out whether a given group or row was forgotten, or is in the index of rows, and nothing else. The names of
+    groups that are retained stand in the files of their moments. Deleted files are unlinked: what becomes of the blocks
+    is up to the file system.
 
     Args:
         path: folder of a store that `create` made.
@@ -134,7 +135,8 @@ class UnlearningStore:
             for folder in (MOMENTS, PROJECTION):
                 (draft / folder).mkdir()
             key = new_secret(draft / _SUBJECTS)
-            about |= {"key": pseudonym(key, ""), "public_key": _public(new_secret(draft / _SIGNING))}
+            # Secrets are told by what they make of nothing, which needs no cryptography and gives nothing away.
+            about |= {"key": pseudonym(key, ""), "signing": pseudonym(new_secret(draft / _SIGNING), "")}
             contents = Contents(moments, moments.select([]), None)
             contents.write(draft, key, {}, about["fingerprint"])
             ledger = Ledger(draft / _LEDGER, create=True)
@@ -167,8 +169,12 @@ class UnlearningStore:
 
     @property
     def public_key(self) -> str:
-        """What receipts are verified with; in hexadecimal. Empty if the store was made without cryptography."""
-        return self._about["public_key"]
+        """What receipts are verified with; Ed25519, in hexadecimal.
+
+        Raises:
+            MissingExtraError: without cryptography.
+        """
+        return public_key(self._signing_key())
 
     @property
     def moments(self) -> GroupedMoments:
@@ -283,8 +289,10 @@ class UnlearningStore:
         Once that is all rows of the moments, `forget_rows` refuses rows that it does not hold.
         """
         with self._turn():
-            self._retain.select([]).update(x, group)
             rows = self._row_subjects(x, group)
+            total = self._ledger.indexed() + len(rows)
+            if total > self._retain.count:
+                raise InputError(f"x: that would be {total} rows in the index, expected at most {self._retain.count}")
             with self._changing() as change:
                 change.executemany(
                     "INSERT INTO rows VALUES (?, ?, 1) ON CONFLICT (subject) DO UPDATE SET count = count + 1", rows
@@ -323,8 +331,7 @@ class UnlearningStore:
             assert entry is not None
             self._load()
             indexed = self._ledger.indexed()
-            if self.public_key != _public(read_secret(self.path / _SIGNING)):
-                raise StoreError(f"{_SIGNING}: it is not the key of this store")
+            self._signing_key()
             if receipt is not None:
                 shown = verify_receipt(receipt, self.public_key)
                 if receipt.get("store") != self._about["identity"] or self._ledger.find(shown.id) != shown:
@@ -349,7 +356,13 @@ class UnlearningStore:
 
     def receipt(self, id: str) -> dict[str, Any]:
         """A signed receipt of a request, as something that JSON can write; `verify` and `verify_receipt` check it."""
-        return make_receipt(self.find(id), self._about["identity"], read_secret(self.path / _SIGNING))
+        return make_receipt(self.find(id), self._about["identity"], self._signing_key())
+
+    def _signing_key(self) -> bytes:
+        secret = read_secret(self.path / _SIGNING)
+        if pseudonym(secret, "") != self._about["signing"]:
+            raise StoreError(f"{_SIGNING}: it is not the key of this store")
+        return secret
 
     # ---- one at a time ----
 
@@ -388,6 +401,8 @@ class UnlearningStore:
     def _row_subjects(self, x: Tensor, group: Tensor | Sequence[Key]) -> list[tuple[str, str]]:
         """For each row a pseudonym of it, as integers, with its group, and one of the group."""
         rows = as_rows(x, self._retain.dim, self._retain.device)
+        if len(rows):
+            largest_magnitude(rows)
         keys, index = index_groups(group, len(rows))
         owners = [pseudonym(self._key, key) for key in keys]
         integers = quantize(rows, float(self._about["exact"]) / LARGEST)[0].short().cpu().numpy()
@@ -420,17 +435,17 @@ class UnlearningStore:
         empty = [key for key in self._retain if key not in retain or not retain[key].count]
         retain = retain.select([key for key in retain if key not in empty])
         _check_sizes(retain, int(self._about["min_rows"]))
+        head = self._head(model, retain, part)
         if options.get("head") is None and options.get("rank") is None:
-            options = {**options, "head": self._head(model, retain, part)}
-        else:
-            self._head(model, retain, part)
+            options = {**options, "head": head}
         contents = self._contents
         forgotten = contents.forgotten + part if self.keep_forgotten else None
         projection = solve_next(contents.projection, retain, part, forgotten, **options)
         projection.site = self.site
         assert projection.certificate is not None
         emptied = [pseudonym(self._key, key) for key in empty]
-        new, last = Contents(retain, forgotten or contents.forgotten, projection), self._ledger.last()
+        kept = contents.forgotten if forgotten is None else forgotten
+        new, last = Contents(retain, kept, projection), self._ledger.last()
         entry = Entry(
             number=last.number + 1,
             id=id or secrets.token_hex(16),
@@ -479,13 +494,6 @@ def _check_sizes(moments: GroupedMoments, least: int) -> None:
     if small is not None:
         count = moments[small].count
         raise InputError(f"moments: group {small!r} would hold {count} rows, expected at least min_rows={least}")
-
-
-def _public(secret: bytes) -> str:
-    """The public half of the signing key; empty where nothing can be signed."""
-    with contextlib.suppress(MissingExtraError):
-        return public_key(secret)
-    return ""
 
 
 def _now() -> str:
