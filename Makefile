@@ -19,7 +19,7 @@ demo: .venv/demo ## a real network forgets a class of real digits; report in dem
 	$(BIN)/loft-fast demo --out demo-out
 
 test: lint       ## lint, type check, all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/dev  ## ruff and mypy
 	$(BIN)/ruff check .
