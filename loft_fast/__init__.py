@@ -5,7 +5,16 @@ LOFT (arXiv 2601.22456), solved to a certified global optimum instead of by desc
 
 from loft_fast.batch_solver import solve_batch
 from loft_fast.continual import Continual
-from loft_fast.errors import FileFormatError, FoldError, InputError, LoftError, MissingExtraError, SiteError, StoreError
+from loft_fast.errors import (
+    DistributedError,
+    FileFormatError,
+    FoldError,
+    InputError,
+    LoftError,
+    MissingExtraError,
+    SiteError,
+    StoreError,
+)
 from loft_fast.evaluate import Evaluation, evaluate
 from loft_fast.fetch import fetch_moments
 from loft_fast.grouped_moments import GroupedMoments
@@ -24,6 +33,7 @@ __all__ = [
     "Attached",
     "Certificate",
     "Continual",
+    "DistributedError",
     "Evaluation",
     "FileFormatError",
     "FoldError",

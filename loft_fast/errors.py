@@ -28,5 +28,9 @@ class StoreError(LoftError):
     """A store is missing, busy, damaged, of a newer schema, or does not agree with what is checked against it."""
 
 
+class DistributedError(LoftError, RuntimeError):
+    """Another process failed, or did not answer in time."""
+
+
 class MissingExtraError(LoftError, ImportError):
     """An optional dependency is needed; the message names the extra that installs it."""

@@ -8,13 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from tqdm.auto import tqdm
 
 from loft_fast import batches
-from loft_fast.errors import InputError, SiteError
+from loft_fast.all_reduce import agree
+from loft_fast.collective import TIMEOUT, Peers
+from loft_fast.errors import DistributedError, InputError, SiteError
 from loft_fast.grouped_moments import GroupedMoments
 from loft_fast.moments import Moments
-from loft_fast.sites import Site, device_of, evaluating, find_site, unwrap
+from loft_fast.sharding import in_step, share_of
+from loft_fast.sites import Site, device_of, evaluating, find_site, spread, unwrap
 
 log = logging.getLogger("loft_fast")
 
@@ -27,6 +31,8 @@ def fetch_moments(
     device: torch.device | str | None = None,
     progress: bool = True,
     exact: float | bool | None = None,
+    shard: bool | ProcessGroup = False,
+    timeout: float = TIMEOUT,
 ) -> Moments | GroupedMoments:
     """Moments of the features at `site` over all batches.
 
@@ -45,14 +51,67 @@ def fetch_moments(
         device: where to run, default: where the model is. The moments stay there.
         progress: show a progress bar.
         exact: as for `Moments`; a warning in the log says so if features were clipped.
+        shard: True (all processes) or a group of torch.distributed shares the data out: all call this with the same
+            loader, each runs the model on its part, and all get the moments of the whole, as from `all_reduce`. Of a
+            DataLoader over a data set with indices a process loads its part only, whatever the order; other loaders
+            have to yield the same batches everywhere, and every process takes some. `exact` has to be None or a number.
+        timeout: seconds to wait for the slowest process at the end; models under FSDP wait at every batch.
 
     Raises:
         SiteError: no such site, never reached, or not a float tensor.
         InputError: no batches; NaN or Inf (the message says in which batch and how many rows); keys that do not match.
+        DistributedError: with `shard`, another process has failed or is late.
     """
     place = find_site(model, site)
     if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
         raise InputError(f"loader: got {type(loader).__name__}, expected an iterable of batches")
+    if shard is False:
+        result = _fetch(model, place, loader, group, device, progress, exact, None)
+    else:
+        if exact is True:
+            raise InputError("exact: got True with shard, expected None or a number, the same in all processes")
+        peers = Peers(None if shard is True else shard, timeout)
+        try:
+            share = share_of(loader, peers)
+            result = _fetch(model, place, share, group, device, progress and peers.rank == 0, exact, peers)
+        except BaseException as error:
+            if not isinstance(error, DistributedError):  # who knows that another has failed need not tell
+                agree(peers, None, error)
+            raise
+        said = agree(peers, None if result is None else result._introduction())
+        result = _reduce(peers, result, said)
+    if result is None:
+        raise InputError("loader: it yielded no batches, expected at least one")
+    result.site = str(place)
+    if result.clipped:
+        log.warning("%d feature values above exact=%g were clipped", result.clipped, result.exact)
+    return result
+
+
+def _reduce(
+    peers: Peers, result: Moments | GroupedMoments | None, said: list[dict[str, Any]]
+) -> Moments | GroupedMoments | None:
+    known = next((one for one in said if "kind" in one), None)
+    if known is None:
+        return None
+    if result is None:
+        result = {"Moments": Moments, "GroupedMoments": GroupedMoments}[known["kind"]](
+            known["dim"], None, known["exact"]
+        )
+    return result._reduce(peers, said)
+
+
+def _fetch(
+    model: nn.Module,
+    place: Site,
+    loader: Iterable[Any],
+    group: batches.Group | None,
+    device: torch.device | str | None,
+    progress: bool,
+    exact: float | bool | None,
+    peers: Peers | None,
+) -> Moments | GroupedMoments | None:
+    """Moments of what the loader yields, None if that is nothing; `peers` are those who do the rest."""
     target = unwrap(model)
     caught: list[Tensor] = []
     home = device_of(target, alone=device is not None)
@@ -64,11 +123,14 @@ def fetch_moments(
             target.to(run_on)
         hook = place.hook(lambda features: caught.append(features.clone()))  # what follows may change them in place
         bar = tqdm(loader, desc=f"moments at {place}", unit="batch", disable=not progress, leave=False)
+        steps = ((batch, True) for batch in bar) if peers is None or not spread(target) else in_step(bar, peers)
         with evaluating(target), bar:
-            for index, raw in enumerate(bar):
+            for index, (raw, counts) in enumerate(steps):
                 caught.clear()
                 batch = batches.to_device(raw, run_on)
                 output = batches.call(target, batch, group)
+                if not counts:
+                    continue
                 if not caught:
                     raise SiteError(f"site: {str(place)!r} is not reached in the forward pass")
                 keys = None if group is None else batches.keys(batch, output, group)
@@ -85,11 +147,6 @@ def fetch_moments(
             hook.remove()
         if run_on != home:
             target.to(home)
-    if result is None:
-        raise InputError("loader: it yielded no batches, expected at least one")
-    result.site = str(place)
-    if result.clipped:
-        log.warning("%d feature values above exact=%g were clipped", result.clipped, result.exact)
     return result
 
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from loft_fast import ops
+from loft_fast.collective import Peers
 from loft_fast.errors import InputError
 from loft_fast.ops.arguments import largest_magnitude
 from loft_fast.ops.reference import square
-from loft_fast.state import State
+from loft_fast.state import State, pack, unpack
 
 # The largest magnitudes whose squares a kernel can sum over a block without overflow, in float64 and in float32.
 _LARGEST_DOUBLE, _LARGEST_FLOAT = 1e150, 1e17
@@ -97,6 +98,31 @@ class FloatState(State):
         spread = (offsets - drift) * counts.sqrt().unsqueeze(1)
         result.matrix = spread.T @ spread
         ops.symmetric_sum(result.matrix, [part.scatter for part in parts])
+        return result
+
+    def summed(self, states: Sequence[FloatState], counts: Tensor, peers: Peers) -> list[FloatState]:
+        """Means first, by rank; then the scatters about what they pool to."""
+        own = torch.stack([torch.cat([state.mean, state.mean.new_tensor([state.residue])]) for state in states])
+        theirs = peers.gather(own.to(self.device))  # (processes, states, d + 1)
+        weights = counts.to(self.device, torch.float64).unsqueeze(-1)
+        total = weights.sum(0)
+        first = (weights > 0).int().argmax(0, keepdim=True).expand(1, len(states), self.dim)
+        # Offsets from the first mean, as in `pooled`.
+        means, shift = theirs[:, :, :-1], theirs[:, :, :-1].gather(0, first).squeeze(0)
+        mean = shift + (weights * (means - shift)).sum(0) / total.clamp_min(1)
+        packed = []
+        for state, center in zip(states, mean, strict=True):
+            here = state.to(self.device)
+            packed.append(pack(here.scatter + square((here.mean - center) * here.count**0.5)))
+        result = []
+        for n, center, residue, scatter in zip(
+            counts.sum(0).tolist(), mean, theirs[:, :, -1].sum(0).tolist(), peers.sum(torch.stack(packed)), strict=True
+        ):
+            new = self.blank()
+            if n:
+                new.count, new.vector, new.residue = n, center.clone(), residue
+                new.matrix = unpack(scatter, self.dim)
+            result.append(new)
         return result
 
     def minus(self, part: FloatState, name: str) -> FloatState:

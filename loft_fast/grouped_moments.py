@@ -11,8 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from loft_fast import files
+from loft_fast.all_reduce import agree
+from loft_fast.collective import TIMEOUT, Peers
 from loft_fast.errors import InputError
 from loft_fast.moments import (
     Moments,
@@ -21,11 +24,14 @@ from loft_fast.moments import (
     check_kind,
     contradiction,
     describe,
+    introduce,
     pool,
     restore,
     subtract,
+    sum_moments,
     tensor_names,
 )
+from loft_fast.state import lasting
 
 Key = int | str
 
@@ -127,6 +133,24 @@ class GroupedMoments:
     def merge(self, other: GroupedMoments) -> GroupedMoments:
         """Add all groups of `other`, key by key, in place. Returns self."""
         return self._become(self + other)
+
+    @lasting
+    def all_reduce(self, group: ProcessGroup | None = None, timeout: float = TIMEOUT) -> GroupedMoments:
+        """Become the moments of the rows of all processes, group by group; as for `Moments`. Returns self.
+
+        A process need not have all groups, nor any. About 64 MiB of them are summed at once.
+        """
+        peers = Peers(group, timeout)
+        return self._reduce(peers, agree(peers, self._introduction()))
+
+    def _introduction(self) -> dict[str, Any]:
+        return introduce("GroupedMoments", self._empty, {key: self._parts[key] for key in self.keys()})
+
+    def _reduce(self, peers: Peers, said: list[dict[str, Any]]) -> GroupedMoments:
+        parts = sum_moments(peers, self._empty, self._parts, said)
+        like = next(iter(parts.values()), self._empty)
+        self._empty, self._parts = like._blank(), parts
+        return self
 
     # ---- the algebra ----
 

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from loft_fast import ops
+from loft_fast.collective import Peers
 from loft_fast.errors import InputError
 from loft_fast.ops.arguments import largest_magnitude
 from loft_fast.ops.quantized_update import MOST_ROWS
 from loft_fast.ops.reference import LARGEST, square
-from loft_fast.state import State
+from loft_fast.state import State, pack, unpack
 
 _HEADROOM = 2.0  # later features may be so many times larger than the first block's, before any is clipped
 _LIMITS = 1e-100, 1e100  # of magnitudes
@@ -102,6 +103,27 @@ class IntegerState(State):
             result.clipped += part.clipped
             result.vector = result.vector + part.vector.to(self.device)
             result.own_matrix().add_(part.read_matrix().to(self.device))
+        return result
+
+    def summed(self, states: Sequence[IntegerState], counts: Tensor, peers: Peers) -> list[IntegerState]:
+        """Sums of all that is kept: the same bits whatever the processes and their rows."""
+        flat = torch.stack([state.flat().to(self.device) for state in states])
+        return [self.from_flat(numbers) for numbers in peers.sum(flat)]
+
+    def flat(self) -> Tensor:
+        """All that is kept, as one vector: count, clipped, sum, and products from the upper triangle, in int64.
+
+        Where such vectors are added, also modulo 2^64, so are the rows behind them.
+        """
+        head = self.vector.new_tensor([self.count, self.clipped])
+        return torch.cat([head, self.vector, pack(self.read_matrix())])
+
+    def from_flat(self, numbers: Tensor) -> IntegerState:
+        """A state of this scale from such a vector, on this one's device."""
+        result = self.blank()
+        result.count, result.clipped = (int(number) for number in numbers[:2])
+        result.vector = numbers[2 : 2 + self.dim].to(self.device, copy=True)
+        result.matrix = unpack(numbers[2 + self.dim :].to(self.device), self.dim) if result.count else None
         return result
 
     def minus(self, part: IntegerState, name: str) -> IntegerState:

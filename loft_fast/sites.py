@@ -20,6 +20,7 @@ from loft_fast.errors import InputError, SiteError
 
 log = logging.getLogger("loft_fast")
 
+_FSDP = "_fsdp_wrapped_module"  # as FullyShardedDataParallel calls what it wraps
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CHANNELS_FIRST = (
     *_CONV,
@@ -46,8 +47,11 @@ class Site:
 
     @property
     def plain(self) -> nn.Module:
-        """The module without a torch.compile wrapper."""
-        return unwrap(self.module)
+        """The module without a wrapper of torch.compile or FSDP."""
+        inner = unwrap(self.module)
+        while (wrapped := inner._modules.get(_FSDP)) is not None:
+            inner = unwrap(wrapped)
+        return inner
 
     def channel_dim(self, features: Tensor) -> int:
         """Which dimension of the features is d: what the module takes it to be, else 1 for (n, c, h, w), or last."""
@@ -152,15 +156,24 @@ def find_site(model: nn.Module, site: str | None = None) -> Site:
 
 def last_linear(model: nn.Module) -> str | None:
     """The name of the last nn.Linear, by the order in which modules were registered."""
-    return next((name for name, part in reversed(_modules(model).items()) if isinstance(unwrap(part), nn.Linear)), None)
+    modules = reversed(_modules(model).items())
+    return next((name for name, part in modules if isinstance(Site(name, "input", part).plain, nn.Linear)), None)
 
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
-    """All modules by name, as if nothing had been compiled."""
+    """All modules by name, as if nothing had been compiled or wrapped."""
     modules: dict[str, nn.Module] = {}
     for name, module in unwrap(model).named_modules():
-        modules.setdefault(name.replace("._orig_mod", ""), module)
+        plain = ".".join(part for part in name.split(".") if part not in ("_orig_mod", _FSDP))
+        modules.setdefault(plain, module)
     return modules
+
+
+def spread(model: nn.Module) -> bool:
+    """Whether FSDP has spread the parameters over processes: a forward pass then needs one in each of them."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    kinds = tuple(getattr(fsdp, kind) for kind in ("FullyShardedDataParallel", "FSDPModule") if hasattr(fsdp, kind))
+    return any(isinstance(module, kinds) for module in model.modules())
 
 
 def anything_compiled() -> bool:
@@ -170,14 +183,16 @@ def anything_compiled() -> bool:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval and inference mode inside, and no compiled code, which would not see new hooks.
+    """Eval and inference mode (no_grad under FSDP) inside, and no compiled code, which would not see new hooks.
 
     Afterwards every module is back in the mode it was in, whatever happened.
     """
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
-        with torch.inference_mode(), torch.compiler.set_stance("force_eager") if anything_compiled() else nullcontext():
+        # FSDP keeps memory that it makes in the first forward pass, and writes to it in the next.
+        mode = torch.no_grad() if spread(model) else torch.inference_mode()
+        with mode, torch.compiler.set_stance("force_eager") if anything_compiled() else nullcontext():
             yield
     finally:
         model.train(modes[0][1])  # for modules that do more in `train` than to set the flag

@@ -10,6 +10,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from loft_fast.collective import Peers
+
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _State = TypeVar("_State", bound="State")
 
@@ -126,6 +128,10 @@ class State(ABC):
     @abstractmethod
     def pooled(self: _State, parts: Sequence[_State]) -> _State:
         """The state of the rows of all `parts`, which hold some each, on this one's device."""
+
+    @abstractmethod
+    def summed(self: _State, states: Sequence[_State], counts: Tensor, peers: Peers) -> list[_State]:
+        """What `states` are over all processes, with counts (processes, len(states)), on this one's device."""
 
     @abstractmethod
     def minus(self: _State, part: _State, name: str) -> _State:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from loft_fast.backends import FLOATS
 from loft_fast.errors import FoldError, InputError
 from loft_fast.projection import Projection
-from loft_fast.sites import _CONV, Site, anything_compiled, find_site, unwrap
+from loft_fast.sites import _CONV, Site, anything_compiled, find_site, spread, unwrap
 from loft_fast.state import lasting
 
 _FORWARDS = [kind.forward for kind in (nn.Linear, *_CONV)]
@@ -135,6 +135,8 @@ def foldable(model: nn.Module, place: Site) -> nn.Parameter:
         why = f"it is a {type(layer).__name__}, expected a Linear or a 1x1 convolution"
     elif type(layer).forward not in _FORWARDS:
         why = f"its class {type(layer).__name__} has a forward of its own"
+    elif spread(model):
+        why = "its weight is spread over processes by FSDP"
     elif weight is None or bias is not layer.bias:
         why = "its weight or bias is computed from others (a parametrisation, pruning); make that permanent first"
     elif isinstance(weight, nn.parameter.UninitializedParameter):
