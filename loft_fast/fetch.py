@@ -92,13 +92,10 @@ def _reduce(
     peers: Peers, result: Moments | GroupedMoments | None, said: list[dict[str, Any]]
 ) -> Moments | GroupedMoments | None:
     known = next((one for one in said if "kind" in one), None)
-    if known is None:
-        return None
-    if result is None:
-        result = {"Moments": Moments, "GroupedMoments": GroupedMoments}[known["kind"]](
-            known["dim"], None, known["exact"]
-        )
-    return result._reduce(peers, said)
+    if result is None and known is not None:  # there were too few batches for this process
+        kind = GroupedMoments if known["kind"] == "GroupedMoments" else Moments
+        result = kind(known["dim"], None, known["exact"])
+    return None if result is None else result._reduce(peers, said)
 
 
 def _fetch(

@@ -191,8 +191,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     try:
         model.eval()
         # FSDP keeps memory that it makes in the first forward pass, and writes to it in the next.
-        mode = torch.no_grad() if spread(model) else torch.inference_mode()
-        with mode, torch.compiler.set_stance("force_eager") if anything_compiled() else nullcontext():
+        without_grad = torch.no_grad() if spread(model) else torch.inference_mode()
+        with without_grad, torch.compiler.set_stance("force_eager") if anything_compiled() else nullcontext():
             yield
     finally:
         model.train(modes[0][1])  # for modules that do more in `train` than to set the flag
