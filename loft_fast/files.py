@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
 from torch import Tensor
 
@@ -67,8 +68,13 @@ def write_tensors(
     path: str | os.PathLike[str], kind: str, tensors: dict[str, Tensor], header: dict[str, str] | None = None
 ) -> None:
     """Save `tensors` as one safetensors file that says it is a `kind` (such as "moments") of this schema."""
+    write_bytes(path, to_bytes(kind, tensors, header))
+
+
+def to_bytes(kind: str, tensors: dict[str, Tensor], header: dict[str, str] | None = None) -> bytes:
+    """What `write_tensors` writes."""
     tensors, metadata = _content(kind, tensors, header)
-    write_bytes(path, serialize(tensors, {**metadata, _DIGEST: _digest(tensors, metadata)}))
+    return serialize(tensors, {**metadata, _DIGEST: _digest(tensors, metadata)})
 
 
 def content_digest(kind: str, tensors: dict[str, Tensor], header: dict[str, str] | None = None) -> str:
@@ -77,37 +83,77 @@ def content_digest(kind: str, tensors: dict[str, Tensor], header: dict[str, str]
 
 
 def read_tensors(
-    path: str | os.PathLike[str], kind: str, names: tuple[str, ...] | Callable[[dict[str, str]], tuple[str, ...]]
+    source: str | os.PathLike[str] | bytes,
+    kind: str,
+    names: tuple[str, ...] | Callable[[dict[str, str]], tuple[str, ...]],
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the header of a file that `write_tensors` made for the same `kind`.
 
+    Nothing is allocated that is larger than the file: its layout is checked first.
+
     Args:
+        source: path of the file, or its content.
         names: of the tensors that must be there, or a function that tells from the header.
 
     Raises:
         FileFormatError: no such file, truncated, damaged, not safetensors, or of another kind or schema.
     """
-    wanted = f"loft_fast.{kind}"
+    wanted, name = f"loft_fast.{kind}", name_of(source)
     try:
-        with safe_open(os.fspath(path), framework="pt") as file:
+        with _Content(source) if isinstance(source, bytes) else safe_open(os.fspath(source), framework="pt") as file:
             header: dict[str, str] = file.metadata() or {}
             found = header.get("format", "a foreign file")
             if found != wanted:
-                raise FileFormatError(f"path: {str(path)!r} holds {found}, expected {wanted}")
+                raise FileFormatError(f"{name} holds {found}, expected {wanted}")
             if header.get("schema") != SCHEMA:
-                raise FileFormatError(
-                    f"path: {str(path)!r} has schema {header.get('schema')!r}, this version reads {SCHEMA!r}"
-                )
+                raise FileFormatError(f"{name} has schema {header.get('schema')!r}, this version reads {SCHEMA!r}")
             names = names if isinstance(names, tuple) else names(header)
             missing = sorted(set(names) - set(file.keys()))
             if missing:
-                raise FileFormatError(f"path: {str(path)!r} lacks {', '.join(missing)}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
+                raise FileFormatError(f"{name} lacks {', '.join(missing)}")
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dictionary
     except (OSError, SafetensorError) as error:
-        raise FileFormatError(f"path: cannot read {str(path)!r} as {wanted}: {error}") from error
+        what = "data: cannot read it" if isinstance(source, bytes) else f"path: cannot read {str(source)!r}"
+        raise FileFormatError(f"{what} as {wanted}: {error}") from error
     if header.pop(_DIGEST, "") != _digest(tensors, header):
-        raise FileFormatError(f"path: {str(path)!r} is damaged: its content is not what was written")
-    return {name: tensors[name] for name in names}, header
+        raise FileFormatError(f"{name} is damaged: its content is not what was written")
+    return {key: tensors[key] for key in names}, header
+
+
+def name_of(source: str | os.PathLike[str] | bytes) -> str:
+    """What messages call the argument of this content."""
+    return "data: it" if isinstance(source, bytes) else f"path: {str(source)!r}"
+
+
+def bytes_of(data: bytes) -> bytes:
+    """The argument `data`, if that is bytes."""
+    if not isinstance(data, bytes | bytearray | memoryview):
+        raise InputError(f"data: got {type(data).__name__}, expected bytes")
+    return bytes(data)
+
+
+class _Content:
+    """The content of a safetensors file, in the way of `safe_open`."""
+
+    def __init__(self, data: bytes) -> None:
+        self._tensors = deserialize(data)  # which checks the header
+        length = int.from_bytes(data[:8], "little")
+        self._metadata = json.loads(data[8 : 8 + length]).get("__metadata__")
+
+    def __enter__(self) -> _Content:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def metadata(self) -> dict[str, str] | None:
+        return self._metadata
+
+    def keys(self) -> list[str]:
+        return list(self._tensors)
+
+    def get_tensor(self, name: str) -> Tensor:
+        return self._tensors[name]
 
 
 def _content(

@@ -239,9 +239,7 @@ class GroupedMoments:
 
     def save(self, path: str | os.PathLike[str], **more: str) -> None:
         """Write one safetensors file, whole or not at all, with `more` in its header."""
-        keys = self.keys()
-        tensors, header = describe([self._parts[key] for key in keys], self._empty)
-        files.write_tensors(path, "grouped_moments", tensors, {"keys": json.dumps(keys), **header, **more})
+        files.write_bytes(path, self.to_bytes(**more))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str | None = None) -> GroupedMoments:
@@ -250,8 +248,23 @@ class GroupedMoments:
         Raises:
             FileFormatError: the file is missing, truncated, damaged, foreign or inconsistent.
         """
-        tensors, header = files.read_tensors(path, "grouped_moments", tensor_names)
-        empty, parts = restore(path, tensors, header, device)
+        return cls._read(path, device)
+
+    def to_bytes(self, **more: str) -> bytes:
+        """What `save` writes, for a message or a database."""
+        keys = self.keys()
+        tensors, header = describe([self._parts[key] for key in keys], self._empty)
+        return files.to_bytes("grouped_moments", tensors, {"keys": json.dumps(keys), **header, **more})
+
+    @classmethod
+    def from_bytes(cls, data: bytes, device: torch.device | str | None = None) -> GroupedMoments:
+        """Read what `to_bytes` made, as for `Moments`."""
+        return cls._read(files.bytes_of(data), device)
+
+    @classmethod
+    def _read(cls, source: str | os.PathLike[str] | bytes, device: torch.device | str | None) -> GroupedMoments:
+        tensors, header = files.read_tensors(source, "grouped_moments", tensor_names)
+        empty, parts = restore(source, tensors, header, device)
         try:
             keys = json.loads(header["keys"])
             fits = isinstance(keys, list) and all(type(key) in (int, str) for key in keys)
@@ -259,7 +272,7 @@ class GroupedMoments:
         except (KeyError, ValueError, RecursionError):  # the last from brackets without end
             fits = False
         if not fits:
-            raise contradiction(path)
+            raise contradiction(source)
         result = object.__new__(cls)
         result._empty, result._parts = empty, dict(zip(keys, parts, strict=True))
         return result

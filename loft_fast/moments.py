@@ -240,8 +240,7 @@ class Moments:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, whole or not at all."""
-        tensors, header = describe([self], self)
-        files.write_tensors(path, "moments", tensors, header)
+        files.write_bytes(path, self.to_bytes())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str | None = None) -> Moments:
@@ -250,9 +249,26 @@ class Moments:
         Raises:
             FileFormatError: the file is missing, truncated, damaged, foreign or inconsistent.
         """
-        _, parts = restore(path, *files.read_tensors(path, "moments", tensor_names), device)
+        return cls._read(path, device)
+
+    def to_bytes(self) -> bytes:
+        """What `save` writes, for a message or a database."""
+        return files.to_bytes("moments", *describe([self], self))
+
+    @classmethod
+    def from_bytes(cls, data: bytes, device: torch.device | str | None = None) -> Moments:
+        """Read what `to_bytes` made. Data that claim to be more than they are cost no memory.
+
+        Raises:
+            FileFormatError: the data are truncated, damaged, foreign or inconsistent.
+        """
+        return cls._read(files.bytes_of(data), device)
+
+    @classmethod
+    def _read(cls, source: str | os.PathLike[str] | bytes, device: torch.device | str | None) -> Moments:
+        _, parts = restore(source, *files.read_tensors(source, "moments", tensor_names), device)
         if len(parts) != 1:
-            raise contradiction(path)
+            raise contradiction(source)
         return parts[0]
 
     def digest(self) -> str:
@@ -395,7 +411,7 @@ def describe(parts: list[Moments], like: Moments) -> tuple[dict[str, Tensor], di
 
 @lasting
 def restore(
-    path: str | os.PathLike[str],
+    source: str | os.PathLike[str] | bytes,
     tensors: dict[str, Tensor],
     header: dict[str, str],
     device: torch.device | str | None,
@@ -408,7 +424,7 @@ def restore(
     fits = fits and count.shape == clipped.shape == (groups,)
     fits = fits and [one.dtype for one in tensors.values()] == 2 * [torch.int64] + 2 * [kind.dtype]
     if not fits:
-        raise contradiction(path)
+        raise contradiction(source)
     try:
         blank = Moments(d, device)
         blank._state = kind.described(header, d, device)
@@ -421,13 +437,13 @@ def restore(
             state.vector = vector[g].to(state.device, copy=True)
             state.matrix = unpack(packed[g].to(state.device), d)
             if not state.consistent():
-                raise contradiction(path)
+                raise contradiction(source)
             parts.append(blank._with(state))
     except (KeyError, ValueError) as error:
-        raise contradiction(path) from error
+        raise contradiction(source) from error
     return blank, parts
 
 
-def contradiction(path: str | os.PathLike[str]) -> FileFormatError:
+def contradiction(source: str | os.PathLike[str] | bytes) -> FileFormatError:
     """What to raise for a file whose pieces do not fit together."""
-    return FileFormatError(f"path: {str(path)!r} holds moments that contradict themselves")
+    return FileFormatError(f"{files.name_of(source)} holds moments that contradict themselves")

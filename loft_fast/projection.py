@@ -147,7 +147,11 @@ class Projection(nn.Module):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file with the certificate in its header, whole or not at all."""
-        files.write_tensors(path, "projection", *self._content())
+        files.write_bytes(path, self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """What `save` writes, for a message or a database."""
+        return files.to_bytes("projection", *self._content())
 
     def digest(self) -> str:
         """SHA-256 of basis, center, certificate and site, in hexadecimal."""
@@ -166,11 +170,25 @@ class Projection(nn.Module):
         Raises:
             FileFormatError: the file is missing, truncated, foreign or inconsistent.
         """
-        tensors, header = files.read_tensors(path, "projection", ("basis", "center"))
+        return cls._read(path)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Projection:
+        """Read what `to_bytes` made.
+
+        Raises:
+            FileFormatError: the data are truncated, damaged, foreign or inconsistent.
+        """
+        return cls._read(files.bytes_of(data))
+
+    @classmethod
+    def _read(cls, source: str | os.PathLike[str] | bytes) -> Projection:
+        tensors, header = files.read_tensors(source, "projection", ("basis", "center"))
         try:
             text = header.get("certificate")
             certificate = Certificate(**json.loads(text)) if text else None
             str(certificate)  # a field of the wrong type fails here, not in the user's print
             return cls(tensors["basis"], tensors["center"], certificate, header.get("site") or None)
         except (AttributeError, InputError, RecursionError, TypeError, ValueError) as error:
-            raise FileFormatError(f"path: {str(path)!r} holds a projection that contradicts itself: {error}") from error
+            name = files.name_of(source)
+            raise FileFormatError(f"{name} holds a projection that contradicts itself: {error}") from error
