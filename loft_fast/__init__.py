@@ -7,6 +7,7 @@ from loft_fast.batch_solver import solve_batch
 from loft_fast.continual import Continual
 from loft_fast.errors import (
     DistributedError,
+    FederatedError,
     FileFormatError,
     FoldError,
     InputError,
@@ -35,6 +36,7 @@ __all__ = [
     "Continual",
     "DistributedError",
     "Evaluation",
+    "FederatedError",
     "FileFormatError",
     "FoldError",
     "GroupedMoments",

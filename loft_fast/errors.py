@@ -32,5 +32,9 @@ class DistributedError(LoftError, RuntimeError):
     """Another process failed, or did not answer in time."""
 
 
+class FederatedError(LoftError, RuntimeError):
+    """A round is incomplete, or a client did not answer, or not as it should."""
+
+
 class MissingExtraError(LoftError, ImportError):
     """An optional dependency is needed; the message names the extra that installs it."""

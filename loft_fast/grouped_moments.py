@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,6 +54,27 @@ class GroupedMoments:
     def __init__(self, dim: int, device: torch.device | str | None = None, exact: float | bool | None = None) -> None:
         self._empty = Moments(dim, device, exact)
         self._parts: dict[Key, Moments] = {}
+
+    @classmethod
+    def of(cls, parts: Mapping[Key, Moments], like: GroupedMoments | None = None) -> GroupedMoments:
+        """Groups from the moments of each; memory is shared until one of the two changes.
+
+        Args:
+            parts: by key, all of one `dim` and one `exact`.
+            like: of the same kind; needed if there are no parts.
+        """
+        first = next(iter(parts.values()), None)
+        if first is None and like is None:
+            raise InputError("parts: got none, expected the moments of at least one group")
+        result = object.__new__(cls)
+        result._parts = {}
+        result._empty = (like._empty if first is None and like is not None else first)._blank()  # type: ignore[union-attr]
+        for key, part in zip(plain_keys(parts, "parts"), parts.values(), strict=True):
+            if not isinstance(part, Moments) or part.dim != result.dim:
+                raise InputError(f"parts: got {part!r} of group {key!r}, expected Moments of dim {result.dim}")
+            check_kind(result.exact, part.exact)
+            result._parts[key] = part.copy()
+        return result
 
     @property
     def dim(self) -> int:

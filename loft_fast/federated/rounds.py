@@ -1,0 +1,69 @@
+"""One round of questions: asked, waited for, and every answer handed on as it comes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+from tqdm.auto import tqdm
+
+from loft_fast.errors import InputError
+
+_PAUSE = 0.05  # seconds between two looks for answers
+
+
+def wait_for_nodes(grid: Grid, nodes: Iterable[int] | int | None, timeout: float) -> list[int]:
+    """Nodes to ask: these, or all there are, once there are as many as a number says or time is up."""
+    if nodes is not None and not isinstance(nodes, int):
+        return sorted(set(nodes))
+    give_up = time.monotonic() + timeout
+    while True:
+        found = sorted(set(grid.get_node_ids()))
+        if len(found) >= (nodes or 1) or time.monotonic() > give_up:
+            return found
+        time.sleep(_PAUSE)
+
+
+def ask(
+    grid: Grid,
+    kind: str,
+    content: Callable[[], RecordDict],
+    nodes: list[int],
+    timeout: float,
+    group: str,
+    take: Callable[[int, Message], None],
+    progress: bool = False,
+) -> list[int]:
+    """Ask the nodes, and call `take` with every answer of one who was asked, in the order in which they come.
+
+    Returns:
+        Nodes that have not answered in time.
+    """
+    questions = [
+        Message(content(), dst_node_id=node, message_type=kind, group_id=group, ttl=timeout + 60) for node in nodes
+    ]
+    sent = dict(zip(grid.push_messages(questions), nodes, strict=True))
+    waiting = set(sent)
+    give_up = time.monotonic() + timeout
+    with tqdm(total=len(nodes), desc=kind, unit="client", disable=not progress, leave=False) as bar:
+        while waiting:
+            for answer in grid.pull_messages(sorted(waiting)):
+                to = answer.metadata.reply_to_message_id
+                if to in sent:
+                    take(sent[to], answer)
+                if to in waiting:
+                    waiting.remove(to)
+                    bar.update()
+            if not waiting or time.monotonic() > give_up:
+                break
+            time.sleep(_PAUSE)
+    return sorted(sent[id] for id in waiting)
+
+
+def check_seconds(name: str, value: float) -> float:
+    """The argument `name`, if it is a number of seconds."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise InputError(f"{name}: got {value!r}, expected seconds, more than 0")
+    return value

@@ -1,0 +1,536 @@
+"""The server's side: it asks, looks at every answer, sums what it accepts, and forgets by subtraction."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.serverapp import Grid
+from torch import nn
+
+from loft_fast.continual import solve_next
+from loft_fast.errors import FederatedError, FileFormatError, InputError
+from loft_fast.federated import messages
+from loft_fast.federated.archive import Archive, Event, by_key, from_keys
+from loft_fast.federated.rounds import ask, check_seconds, wait_for_nodes
+from loft_fast.grouped_moments import GroupedMoments, Key, plain_keys
+from loft_fast.integer_state import check_exact
+from loft_fast.moments import Moments
+from loft_fast.plausible import implausible
+from loft_fast.projection import Projection
+from loft_fast.sites import find_site
+
+log = logging.getLogger("loft_fast")
+
+_FILE = "federated.sqlite"
+
+
+@dataclass
+class Round:
+    """What came of a round.
+
+    Attributes:
+        number: 1, 2, ...
+        accepted: clients whose answers were new and count.
+        refused: why others do not, by client or node.
+        missing: nodes that did not answer in time.
+    """
+
+    number: int
+    accepted: list[str] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        told = "".join(f"; {name}: {why}" for name, why in self.refused.items())
+        silent = f"; no answer from {', '.join(self.missing)}" if self.missing else ""
+        return f"round {self.number}: {len(self.accepted)} new contributions accepted{told}{silent}"
+
+
+class MomentsServer:
+    """Moments of the rows of many clients, in a folder that outlives the process.
+
+    Every answer is looked at, and what is accepted is on disk before the next one: a server that was killed in the
+    middle of a round goes on with those it has not heard of. A round counts once it is complete.
+
+    Two ways to keep contributions. "clients" keeps each: a client, or its rows of a class, is then forgotten without
+    asking anyone. "sum" keeps nothing but their sum, and needs exact moments: to be forgotten, a client sends its
+    contribution once more, and it is subtracted.
+
+    A node is known by the number that Flower gives it, which is worth as much as the authentication of nodes. Where
+    that is off, and numbers change from run to run, as in simulations, `trust_names` takes the client's own word.
+
+    Args:
+        folder: where to keep everything; made if it is not there.
+        dim: number of features d.
+        exact: largest magnitude of a feature, for exact moments; None for moments in float64.
+        keep: "clients" or "sum".
+        grouped: whether clients send `GroupedMoments`, or else `Moments`.
+        site: where features have to come from; None: wherever the first answer says.
+        norm: Euclidean norm that no row of a client exceeds; answers that cannot keep to it are refused. None: any.
+        max_groups: of one client: longer answers are refused unread.
+        trust_names: know clients by the name in the node's configuration, `client` or `partition-id`.
+
+    Raises:
+        StoreError: the folder is damaged or in use.
+        InputError: on any call with bad input; nothing has changed.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        dim: int,
+        *,
+        exact: float | None = None,
+        keep: Literal["clients", "sum"] = "clients",
+        grouped: bool = True,
+        site: str | None = None,
+        norm: float | None = None,
+        max_groups: int = 1000,
+        trust_names: bool = False,
+    ) -> None:
+        if exact is True:
+            raise InputError("exact: got True, expected None or a number, as all clients need the same")
+        if keep not in ("clients", "sum"):
+            raise InputError(f"keep: got {keep!r}, expected 'clients' or 'sum'")
+        if keep == "sum" and exact is None:
+            raise InputError("exact: got None with keep='sum', expected a number: floats do not come apart again")
+        if norm is not None:
+            check_exact(norm)
+        if isinstance(max_groups, bool) or not isinstance(max_groups, int) or max_groups < 1:
+            raise InputError(f"max_groups: got {max_groups!r}, expected an integer >= 1")
+        self._blank: Moments | GroupedMoments = (GroupedMoments if grouped else Moments)(dim, exact=exact)
+        self._blank.site = site
+        self._norm, self._trust_names = norm, trust_names
+        self._limit = messages.largest(dim, max_groups if grouped else None)
+        self._max_groups = max_groups
+        about = {"dim": dim, "exact": self._blank.exact, "keep": keep, "grouped": grouped}
+        self._archive = Archive(Path(folder) / _FILE, about)
+        self._keep = keep
+
+    def close(self) -> None:
+        """Let another process open the folder."""
+        self._archive.close()
+
+    def __enter__(self) -> MomentsServer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    # ---- what there is ----
+
+    @property
+    def clients(self) -> list[str]:
+        """Clients that count, by name."""
+        return list(self._archive.members(self._archive.round))
+
+    @property
+    def moments(self) -> Moments | GroupedMoments:
+        """Moments of the rows of all clients that count; floats are summed in the order of the clients' names."""
+        return self._pooled(self._archive.round)
+
+    @property
+    def projection(self) -> Projection | None:
+        """What the forget requests so far ask for."""
+        return self._archive.projection
+
+    def log(self) -> list[Event]:
+        """All that happened, and why."""
+        return self._archive.log()
+
+    def _pooled(self, round: int, clients: Iterable[str] | None = None) -> Moments | GroupedMoments:
+        parts: dict[str, Moments] = {}
+        if clients is None and self._blank.exact is not None:
+            parts = self._archive.total(round)
+        else:
+            for _, key, moments in self._archive.parts(round, clients):
+                parts[key] = parts[key] + moments if key in parts else moments
+        pooled = from_keys(parts, self._blank)
+        pooled.site = self._site
+        return pooled
+
+    @property
+    def _site(self) -> str | None:
+        return self._blank.site or self._archive.get("site")
+
+    # ---- rounds ----
+
+    def collect(
+        self,
+        grid: Grid,
+        nodes: Iterable[int] | int | None = None,
+        *,
+        quorum: int | None = None,
+        timeout: float = 300.0,
+        refresh: bool = False,
+        progress: bool = True,
+    ) -> Round:
+        """Ask clients for their moments. A round that was not completed, or not finished, goes on.
+
+        Args:
+            grid: Flower's.
+            nodes: which nodes to ask, or how many to wait for. None: all there are.
+            quorum: clients that have to count at the end. None: all that were asked.
+            timeout: seconds to wait for nodes, and then for their answers.
+            refresh: begin anew: ask all, also those who have answered before, to fetch again.
+
+        Returns:
+            Who was accepted in this call, and why others were not.
+
+        Raises:
+            FederatedError: fewer clients than the quorum. The moments are what they were before the round; what was
+                accepted is kept for when the round goes on.
+        """
+        check_seconds("timeout", timeout)
+        if quorum is not None and (isinstance(quorum, bool) or not isinstance(quorum, int) or quorum < 1):
+            raise InputError(f"quorum: got {quorum!r}, expected an integer >= 1")
+        archive, number = self._archive, self._open(refresh)
+        result = Round(number)
+        asked = wait_for_nodes(grid, nodes, timeout)
+        here = {node for node, _, _ in archive.members(number).values()}
+        left = [node for node in asked if str(node) not in here]
+        question = {"round": number, "exact": self._blank.exact, "refresh": bool(archive.get("refresh"))}
+        silent = ask(
+            grid,
+            messages.MOMENTS,
+            lambda: messages.question(**question),
+            left,
+            timeout,
+            str(number),
+            lambda node, answer: self._take(result, node, answer),
+            progress,
+        )
+        result.missing = list(map(str, silent))
+        with archive.change():
+            for node in result.missing:
+                archive.write(number, "missing", f"no answer within {timeout:g} s", node=node)
+        there = len(archive.members(number))
+        wanted = quorum or max(len(asked), nodes if isinstance(nodes, int) else 1)
+        if there < wanted:
+            with archive.change():
+                archive.write(number, "incomplete", f"{there} clients of {wanted}")
+            raise FederatedError(f"round {number} is incomplete: {there} clients of {wanted}. {result}")
+        with archive.change():
+            archive.put("round", str(number))
+            archive.put("open", None)
+            archive.put("refresh", None)
+            archive.drop_rounds(number)
+            archive.write(number, "closed", f"{there} clients")
+        return result
+
+    def _open(self, refresh: bool) -> int:
+        """The number of the round that goes on, or of a new one."""
+        archive = self._archive
+        number = archive.round + 1
+        if archive.get("open") is None:
+            with archive.change():
+                archive.put("open", "1")
+                if refresh:
+                    archive.put("refresh", "1")
+                else:
+                    archive.inherit(number, archive.round)
+                archive.write(number, "opened", "all are asked anew" if refresh else "those who are not in are asked")
+        return number
+
+    def _take(self, result: Round, node: int, answer: Message) -> None:
+        """Look at an answer; accept it, or say why not."""
+        archive = self._archive
+        client, who = None, str(node)
+        try:
+            client = self._read(node, answer, result.number)[1]
+            who = client
+            if client in archive.gone("client"):
+                raise FileFormatError("it was forgotten")
+            data = messages.bytes_in(answer.content, "moments", self._limit)
+            digest = hashlib.sha256(data or b"").hexdigest()
+            known = archive.members(result.number).get(client)
+            if known is not None:
+                raise FileFormatError(
+                    "the same answer again" if known[1] == digest else "another answer than before, which stands"
+                )
+            moments = self._check(data)
+        except FileFormatError as error:
+            result.refused[who] = str(error)
+            log.warning("round %d: %s is refused: %s", result.number, who, error)
+            with archive.change():
+                archive.write(result.number, "refused", str(error), client, str(node))
+            return
+        with archive.change():
+            self._accept(result.number, client, str(node), digest, moments)
+        result.accepted.append(client)
+
+    def _read(self, node: int, answer: Message, round: int) -> tuple[dict[str, Any], str]:
+        if answer.has_error():
+            raise FileFormatError(f"it failed: {answer.error.reason}")
+        if answer.metadata.src_node_id != node:
+            raise FileFormatError(f"the answer is of node {answer.metadata.src_node_id}, which was not asked")
+        fields = messages.fields_of(answer.content)
+        if fields.get("round") != round:
+            raise FileFormatError(f"it answers round {fields.get('round')!r}")
+        if not self._trust_names:
+            return fields, str(node)
+        name = fields.get("client")
+        if not isinstance(name, str) or not 1 <= len(name) <= 200:
+            raise FileFormatError("it has no name")
+        return fields, name
+
+    def _check(self, data: bytes | None) -> Moments | GroupedMoments:
+        """Moments that can be added, from data that anyone may have made."""
+        if not data:
+            raise FileFormatError("it sent no moments")
+        moments = messages.moments_of(data, isinstance(self._blank, GroupedMoments))
+        for name, got, expected in (
+            ("dim", moments.dim, self._blank.dim),
+            ("exact", moments.exact, self._blank.exact),
+            ("site", moments.site, self._site or moments.site),
+        ):
+            if got != expected:
+                raise FileFormatError(f"{name}: got {got!r}, expected {expected!r}")
+        if isinstance(moments, GroupedMoments) and len(moments) > self._max_groups:
+            raise FileFormatError(f"it has {len(moments)} groups, expected at most {self._max_groups}")
+        for key, part in by_key(moments).items():
+            why = implausible(part, self._norm)
+            if why is not None:
+                raise FileFormatError(
+                    f"no rows have such moments: {why}" + (f" (group {key})" if key != "null" else "")
+                )
+        return moments
+
+    def _still(self, moments: Moments | GroupedMoments) -> dict[str, Moments]:
+        """What there is of groups that were not forgotten."""
+        gone = self._archive.gone("group")
+        return {key: part for key, part in by_key(moments).items() if key not in gone}
+
+    def _accept(self, round: int, client: str, node: str, digest: str, moments: Moments | GroupedMoments) -> None:
+        archive, parts = self._archive, self._still(moments)
+        kept = {key: part.to_bytes() for key, part in parts.items()} if self._keep == "clients" else {}
+        archive.add_member(round, client, node, digest, moments.count, kept)
+        if self._blank.exact is not None:
+            total = archive.total(round)
+            for key, part in parts.items():
+                archive.set_total(round, key, total[key] + part if key in total else part)
+        if moments.site is not None and self._site is None:
+            archive.put("site", moments.site)
+        archive.write(round, "accepted", f"{moments.count} rows, SHA-256 {digest}", client, node)
+
+    # ---- requests ----
+
+    def forget_clients(self, clients: Iterable[str], id: str | None = None, **options: Any) -> Projection | None:
+        """Forget clients: as if they had never taken part. Without their contributions, see `forget_rows`.
+
+        Args:
+            clients: names, as in `clients`.
+            id: of the request; a second one of the same id changes nothing.
+            options: for `solve`: rank, head, ...; `project=False` only subtracts.
+
+        Raises:
+            InputError: no such client, contributions are not kept, or what `solve` refuses; nothing has changed.
+        """
+        names = self._names(clients, self.clients, "clients")
+        if self._known(id):
+            return self.projection
+        if self._keep == "sum":
+            raise InputError("clients: contributions are not kept (keep='sum'); ask them: forget_rows(grid, node)")
+        round = self._archive.round
+        part = self._pooled(round, names)
+
+        def change() -> None:
+            self._subtract(round, by_key(part))
+            self._archive.drop_members(round, names)
+            self._archive.set_gone("client", names)
+
+        rest = self._rest(round, names, part)
+        return self._forget(id, rest, part, f"clients {', '.join(names)}", change, options)
+
+    def forget_groups(self, keys: Iterable[Key], id: str | None = None, **options: Any) -> Projection | None:
+        """Forget groups, such as classes, of all clients; as for `forget_clients`. No client brings them back."""
+        whole = self.moments
+        if not isinstance(whole, GroupedMoments):
+            raise InputError("keys: clients send moments that are not grouped (grouped=False)")
+        if self._known(id):
+            return self.projection
+        part, rest = whole.select(plain_keys(keys)), whole.without(keys)
+        texts = list(by_key(part))
+
+        def change() -> None:
+            for text in texts:
+                self._archive.drop_key(text)
+            self._archive.set_gone("group", texts)
+
+        return self._forget(id, rest, part, f"groups {', '.join(texts)}", change, options)
+
+    def forget_rows(
+        self, grid: Grid, node: int, id: str, timeout: float = 300.0, everything: bool = False, **options: Any
+    ) -> Projection | None:
+        """Ask a client which of its rows to forget, and forget these; as for `forget_clients`.
+
+        Args:
+            grid: Flower's.
+            node: the client's.
+            id: of the request, which the client gets to hear; a second one of the same id changes nothing.
+            timeout: seconds to wait.
+            everything: take the client out altogether: it sends all its moments, and no rows may remain of it.
+
+        Raises:
+            FederatedError: no answer, or one that cannot be: rows that the client has never had.
+        """
+        if not isinstance(id, str) or not id:
+            raise InputError(f"id: got {id!r}, expected a text")
+        if self._known(id):
+            return self.projection
+        round = self._archive.round
+        found: list[tuple[str, Moments | GroupedMoments]] = []
+        refused: list[str] = []
+
+        def take(node: int, answer: Message) -> None:
+            try:
+                fields, client = self._read(node, answer, round)
+                if not everything and fields.get("id") != id:
+                    raise FileFormatError(f"it answers request {fields.get('id')!r}")
+                if client not in self.clients:
+                    raise FileFormatError("it has not contributed")
+                moments = self._check(messages.bytes_in(answer.content, "moments", self._limit))
+                found.append((client, from_keys(self._still(moments), moments)))
+            except FileFormatError as error:
+                refused.append(str(error))
+
+        kind = messages.MOMENTS if everything else messages.ROWS
+        content = {"round": round, "exact": self._blank.exact, "id": id}
+        ask(grid, kind, lambda: messages.question(**content), [node], timeout, str(round), take)
+        if not found:
+            why = refused[0] if refused else f"no answer within {timeout:g} s"
+            with self._archive.change():
+                self._archive.write(round, "refused" if refused else "missing", f"request {id}: {why}", None, str(node))
+            raise FederatedError(f"node {node}: {why}")
+        client, part = found[0]
+        count = self._archive.members(round)[client][2]
+        if part.count > count or (everything and part.count != count and not self._archive.gone("group")):
+            raise FederatedError(f"client {client}: it sent {part.count} rows, expected {count}, as it contributed")
+        own = None
+        try:
+            if self._keep == "clients":
+                own = self._pooled(round, [client]) - part  # type: ignore[operator] # both are of one kind
+            rest = self.moments - part  # type: ignore[operator]
+        except InputError as error:
+            raise FederatedError(f"client {client}: these rows are not its own: {error}") from error
+
+        def change() -> None:
+            self._subtract(round, by_key(part))
+            if everything:
+                self._archive.drop_members(round, [client])
+                self._archive.set_gone("client", [client])
+                return
+            left = {} if own is None else {key: own_part.to_bytes() for key, own_part in by_key(own).items()}
+            self._archive.replace_parts(round, client, left, part.count)
+
+        if own is not None and self._blank.exact is None:
+            rest = self._rest(round, [client], part, own)
+        return self._forget(id, rest, part, f"{part.count} rows of {client}", change, options)
+
+    def _rest(
+        self,
+        round: int,
+        without: list[str],
+        part: Moments | GroupedMoments,
+        instead: Moments | GroupedMoments | None = None,
+    ) -> Moments | GroupedMoments:
+        """What is left: by subtraction where that is exact, else summed again, as if the clients had never been."""
+        if self._blank.exact is not None:
+            return self.moments - part  # type: ignore[operator] # both are of one kind
+        rest = self._pooled(round, [client for client in self.clients if client not in without])
+        return rest if instead is None else rest + instead  # type: ignore[operator]
+
+    def _subtract(self, round: int, parts: dict[str, Moments]) -> None:
+        if self._blank.exact is not None:
+            total = self._archive.total(round)
+            for key, part in parts.items():
+                self._archive.set_total(round, key, total[key] - part)
+
+    def _forget(
+        self,
+        id: str | None,
+        rest: Moments | GroupedMoments,
+        part: Moments | GroupedMoments,
+        what: str,
+        change: Callable[[], None],
+        options: dict[str, Any],
+    ) -> Projection | None:
+        if self._archive.get("open") is not None:
+            raise FederatedError(f"round {self._archive.round + 1} is open: complete it before anything is forgotten")
+        project = options.pop("project", True)
+        projection = self.projection
+        if project:
+            projection = solve_next(projection, rest, part, None, **options)  # type: ignore[arg-type]
+            projection.site = self._site
+        with self._archive.change():
+            change()
+            self._archive.put("projection", None if projection is None else projection.to_bytes())
+            self._archive.write(self._archive.round, "forgotten", what, id=id)
+        return projection
+
+    def _known(self, id: str | None) -> bool:
+        return id is not None and self._archive.request(id) is not None
+
+    @staticmethod
+    def _names(names: Iterable[str], known: list[str], argument: str) -> list[str]:
+        if isinstance(names, str) or not isinstance(names, Iterable):
+            raise InputError(f"{argument}: got {names!r}, expected a list of names")
+        listed = sorted(set(names))
+        unknown = next((name for name in listed if name not in known), None)
+        if unknown is not None:
+            raise InputError(
+                f"{argument}: no client {unknown!r}; there are {', '.join(map(repr, known[:10])) or 'none'}"
+            )
+        if not listed:
+            raise InputError(f"{argument}: got none, expected at least one name")
+        return listed
+
+    # ---- and back to the clients ----
+
+    def ship(
+        self,
+        grid: Grid,
+        nodes: Iterable[int] | None = None,
+        model: nn.Module | None = None,
+        timeout: float = 300.0,
+        progress: bool = True,
+    ) -> list[str]:
+        """Send the projection to the clients, or the weights of the layer of `model` that it was folded into.
+
+        Returns:
+            Nodes that did not confirm it in time.
+        """
+        projection = self.projection
+        if projection is None:
+            raise InputError("projection: there is none yet, as nothing was forgotten")
+        check_seconds("timeout", timeout)
+        data = projection.to_bytes()
+        weights = None
+        if model is not None:
+            place = find_site(model, self._site)
+            state = place.plain.state_dict()
+            weights = ArrayRecord({f"{place.name}.{name}": Array(tensor) for name, tensor in state.items()})
+
+        def content() -> RecordDict:
+            record = messages.question(round=self._archive.round)
+            if weights is None:
+                return messages.with_bytes(record, "projection", data)
+            record["weights"] = weights
+            return record
+
+        failed: list[int] = []
+
+        def take(node: int, answer: Message) -> None:
+            if answer.has_error():
+                failed.append(node)
+
+        asked = wait_for_nodes(grid, nodes, timeout)
+        silent = ask(grid, messages.UPDATE, content, asked, timeout, str(self._archive.round), take, progress)
+        return [str(node) for node in sorted({*silent, *failed})]

@@ -1,0 +1,96 @@
+"""Clients in one process, and a Grid between them and a server that can lose, repeat, delay and change messages."""
+
+from types import SimpleNamespace
+
+import torch
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+
+import loft_fast as loft
+from loft_fast.federated import client_app
+
+# Who this process is, which Flower says to the process of an app.
+TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 0, 1
+
+DIM, EXACT = 16, 50.0
+
+
+def rows(client, n=40, dim=DIM):
+    """Rows and labels of a client: clients have other means, and only some of the classes."""
+    generator = torch.Generator().manual_seed(client)
+    x = torch.randn(n, dim, generator=generator, dtype=torch.float64) + torch.linspace(0, client % 7, dim)
+    return x.float(), torch.randint(client % 3, client % 3 + 3, (n,), generator=generator)
+
+
+def moments_of(clients, exact=None, grouped=True, dim=DIM, n=40):
+    """What one process has that sees all rows of these clients."""
+    whole = loft.GroupedMoments(dim, exact=exact) if grouped else loft.Moments(dim, exact=exact)
+    for client in clients:
+        x, labels = rows(client, n, dim)
+        whole.update(x, labels) if grouped else whole.update(x)
+    return whole
+
+
+class FakeGrid(Grid):
+    """Delivers a question when it is asked for the answer; `faults` maps a node to what becomes of its answer."""
+
+    def __init__(self, nodes, *, grouped=True, dim=DIM, forget=None, receive=None, n=40):
+        self.faults, self.asked, self.fetched = {}, [], []
+        self._questions, self._late, self.delivered = {}, [], []
+
+        def fetch(context, exact):
+            client = context.node_id
+            self.fetched.append(client)
+            moments = moments_of([client], exact, grouped, dim, n)
+            moments.site = "fc:input"
+            return moments
+
+        app = client_app(fetch, forget=forget, receive=receive)
+        self._apps = {node: app for node in nodes}
+        self._contexts = {
+            node: Context(run_id=1, node_id=node, node_config={}, state=RecordDict(), run_config={}) for node in nodes
+        }
+
+    run = SimpleNamespace(run_id=1)
+
+    def set_run(self, run):
+        pass
+
+    def create_message(self, *arguments):
+        raise NotImplementedError
+
+    def send_and_receive(self, *arguments, **keywords):
+        raise NotImplementedError
+
+    def get_node_ids(self):
+        return list(self._apps)
+
+    def push_messages(self, messages):
+        ids = []
+        for message in messages:
+            id = f"{len(self.asked)}"
+            message.metadata.__dict__["_message_id"] = id  # as the SuperLink does
+            self.asked.append((message.metadata.dst_node_id, message.metadata.message_type))
+            self._questions[id] = message
+            ids.append(id)
+        return ids
+
+    def answer(self, question):
+        node = question.metadata.dst_node_id
+        try:
+            answer = self._apps[node](question, self._contexts[node])
+        except Exception as error:  # what Flower makes of it
+            answer = Message(Error(0, f"{type(error).__name__}: {error}"), reply_to=question)
+        return answer
+
+    def pull_messages(self, message_ids):
+        found = []
+        for id in message_ids:
+            question = self._questions.pop(id, None)
+            if question is not None:
+                answer = self.answer(question)
+                fault = self.faults.get(question.metadata.dst_node_id)
+                found += [answer] if fault is None else fault(answer)
+        self.delivered += found
+        return found
