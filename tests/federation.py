@@ -20,7 +20,7 @@ def rows(client, n=40, dim=DIM):
     """Rows and labels of a client: clients have other means, and only some of the classes."""
     generator = torch.Generator().manual_seed(client)
     x = torch.randn(n, dim, generator=generator, dtype=torch.float64) + torch.linspace(0, client % 7, dim)
-    return x.float(), torch.randint(client % 3, client % 3 + 3, (n,), generator=generator)
+    return x, torch.randint(client % 3, client % 3 + 3, (n,), generator=generator)
 
 
 def moments_of(clients, exact=None, grouped=True, dim=DIM, n=40):

@@ -87,7 +87,8 @@ class Archive:
             found = json.loads(self.get("about") or "{}")
         except (sqlite3.Error, ValueError) as error:
             self.close()
-            raise StoreError(f"folder: cannot read {str(path)!r}: {error}") from error
+            why = "another server has it open" if "locked" in str(error) else f"cannot read it: {error}"
+            raise StoreError(f"folder: {str(path)!r}: {why}") from error
         except BaseException:
             self.close()
             raise
@@ -108,8 +109,8 @@ class Archive:
         """A transaction."""
         try:
             self._base.execute("BEGIN IMMEDIATE")
-        except sqlite3.OperationalError as error:
-            raise StoreError(f"folder: another server has it open: {error}") from error
+        except sqlite3.Error as error:
+            raise StoreError(f"folder: cannot write to it: {error}") from error
         try:
             yield
             self._base.execute("COMMIT")

@@ -46,6 +46,8 @@ class Round:
     accepted: list[str] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
+    settled: set[str] = field(default_factory=set, repr=False)
+    """Nodes of which nothing more is expected."""
 
     def __str__(self) -> str:
         told = "".join(f"; {name}: {why}" for name, why in self.refused.items())
@@ -212,7 +214,10 @@ class MomentsServer:
             for node in result.missing:
                 archive.write(number, "missing", f"no answer within {timeout:g} s", node=node)
         there = len(archive.members(number))
-        wanted = quorum or max(len(asked), nodes if isinstance(nodes, int) else 1)
+        settled = here | result.settled
+        absent = sum(str(node) not in settled for node in asked)
+        absent += max(0, (nodes if isinstance(nodes, int) else 1) - len(asked))
+        wanted = quorum or there + absent
         if there < wanted:
             with archive.change():
                 archive.write(number, "incomplete", f"{there} clients of {wanted}")
@@ -247,14 +252,16 @@ class MomentsServer:
             client = self._read(node, answer, result.number)[1]
             who = client
             if client in archive.gone("client"):
+                result.settled.add(str(node))
                 raise FileFormatError("it was forgotten")
             data = messages.bytes_in(answer.content, "moments", self._limit)
             digest = hashlib.sha256(data or b"").hexdigest()
             known = archive.members(result.number).get(client)
+            if known is not None and known[1] == digest:
+                result.settled.add(str(node))
+                raise FileFormatError("the same answer again")
             if known is not None:
-                raise FileFormatError(
-                    "the same answer again" if known[1] == digest else "another answer than before, which stands"
-                )
+                raise FileFormatError("another answer than before, which stands")
             moments = self._check(data)
         except FileFormatError as error:
             result.refused[who] = str(error)
@@ -265,6 +272,7 @@ class MomentsServer:
         with archive.change():
             self._accept(result.number, client, str(node), digest, moments)
         result.accepted.append(client)
+        result.settled.add(str(node))
 
     def _read(self, node: int, answer: Message, round: int) -> tuple[dict[str, Any], str]:
         if answer.has_error():
@@ -289,7 +297,7 @@ class MomentsServer:
         for name, got, expected in (
             ("dim", moments.dim, self._blank.dim),
             ("exact", moments.exact, self._blank.exact),
-            ("site", moments.site, self._site or moments.site),
+            ("site", moments.site or self._site, self._site or moments.site),
         ):
             if got != expected:
                 raise FileFormatError(f"{name}: got {got!r}, expected {expected!r}")

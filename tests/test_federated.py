@@ -1,0 +1,610 @@
+"""A server and its clients on Flower's Message API: whatever clients do, the moments are those of who was accepted."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import state
+from torch import nn
+
+pytest.importorskip("flwr")
+
+from federation import DIM, EXACT, FakeGrid, moments_of, rows
+from flwr.app import ConfigRecord, Error, Message
+
+import loft_fast as loft
+from loft_fast import FederatedError, InputError, StoreError
+from loft_fast.federated import MomentsServer, messages
+from loft_fast.plausible import implausible
+
+QUICK = {"timeout": 0.3, "progress": False}
+
+
+@pytest.fixture(params=["clients", "sum"])
+def keep(request):
+    return request.param
+
+
+def server_in(folder, **options):
+    return MomentsServer(folder, DIM, **{"exact": EXACT, **options})
+
+
+def collected(folder, nodes=range(1, 6), **options):
+    server = server_in(folder, **options)
+    server.collect(FakeGrid(nodes, grouped=options.get("grouped", True)), **QUICK)
+    return server
+
+
+def verdicts(server, *kinds):
+    return [(event.client, event.reason) for event in server.log() if event.verdict in kinds]
+
+
+# ---- what should happen ----
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_the_sum_is_that_of_one_process_bit_for_bit(tmp_path, keep, grouped):
+    with collected(tmp_path, keep=keep, grouped=grouped) as server:
+        assert server.clients == ["1", "2", "3", "4", "5"]
+        assert server.moments.digest() == moments_of(range(1, 6), EXACT, grouped).digest()
+        assert server.moments.site == "fc:input"
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_floats_are_within_rounding_and_the_same_in_whatever_order_clients_answer(tmp_path, grouped):
+    bits = []
+    for order in ([1, 2, 3, 4, 5], [4, 1, 5, 3, 2]):
+        server = server_in(tmp_path / str(order[0]), exact=None, grouped=grouped)
+        for node in order:
+            server.collect(FakeGrid([node], grouped=grouped), quorum=1, **QUICK)
+        bits.append(state(server.moments))
+        whole, summed = moments_of(range(1, 6), None, grouped), server.moments
+        pairs = [(summed[key], whole[key]) for key in whole] if grouped else [(summed, whole)]
+        for ours, theirs in pairs:
+            assert ours.count == theirs.count
+            torch.testing.assert_close(ours.scatter, theirs.scatter, rtol=0, atol=1e-12 * float(theirs.scatter.max()))
+        server.close()
+    assert bits[0] == bits[1]
+
+
+@pytest.mark.parametrize("exact", [EXACT, None])
+@pytest.mark.parametrize("gone", [[2], [1, 4], [1, 2, 3, 5]])
+def test_forgotten_clients_were_never_there(tmp_path, exact, gone):
+    rest = [client for client in range(1, 6) if client not in gone]
+    with collected(tmp_path / "all", exact=exact) as server, collected(tmp_path / "rest", rest, exact=exact) as other:
+        projection = server.forget_clients([str(client) for client in gone], rank=6)
+        assert server.clients == other.clients
+        assert state(server.moments) == state(other.moments)
+        assert server.projection.digest() == projection.digest()
+        assert projection.rank == 6
+        if exact:
+            assert server.moments.digest() == moments_of(rest, exact).digest()
+
+
+@pytest.mark.parametrize("exact", [EXACT, None])
+def test_64_clients_of_512_features_and_1_8_and_32_of_them_forgotten(tmp_path, exact):
+    grid = FakeGrid(range(64), grouped=False, dim=512, n=30)
+    left = list(range(64))
+    with MomentsServer(tmp_path, 512, exact=exact, grouped=False) as server:
+        server.collect(grid, progress=False)
+        for many in (0, 1, 8, 32):
+            gone = left[:: max(1, len(left) // many)][:many] if many else []
+            left = [client for client in left if client not in gone]
+            if gone:
+                server.forget_clients(map(str, gone), project=False)
+            whole, moments = moments_of(left, exact, grouped=False, dim=512, n=30), server.moments
+            assert (moments.count, len(server.clients)) == (30 * len(left), len(left))
+            if exact:
+                assert moments.digest() == whole.digest()
+            error = (moments.scatter - whole.scatter).norm() / whole.scatter.norm()
+            assert error <= 1e-12
+
+
+def test_forgotten_groups_are_gone_and_stay_so(tmp_path, keep):
+    with collected(tmp_path, keep=keep) as server:
+        server.forget_groups([2], rank=6)
+        expected = moments_of(range(1, 6), EXACT).without([2])
+        assert server.moments.digest() == expected.digest()
+        server.collect(FakeGrid([1, 2, 3, 4, 5, 6]), **QUICK)
+        assert server.moments.digest() == moments_of(range(1, 7), EXACT).without([2]).digest()
+        server.collect(FakeGrid([1, 2]), refresh=True, **QUICK)
+        assert server.moments.digest() == moments_of([1, 2], EXACT).without([2]).digest()
+
+
+def test_a_client_has_rows_of_its_own_forgotten_once(tmp_path, keep):
+    asked = []
+
+    def forget(context, id):
+        asked.append(id)
+        x, labels = rows(context.node_id)
+        return loft.GroupedMoments(DIM, exact=EXACT).update(x[:7], labels[:7])
+
+    grid = FakeGrid(range(1, 6), forget=forget)
+    with server_in(tmp_path, keep=keep) as server:
+        server.collect(grid, **QUICK)
+        first = server.forget_rows(grid, 3, "request-1", rank=6)
+        expected = moments_of(range(1, 6), EXACT) - forget(grid._contexts[3], "here")
+        assert server.moments.digest() == expected.digest()
+        assert server.forget_rows(grid, 3, "request-1", rank=6).digest() == first.digest()
+        assert server.moments.digest() == expected.digest()
+        assert asked == ["request-1", "here"]
+        # Asked to fetch nothing anew, the client sends what is left of its moments.
+        with server_in(tmp_path / "new", keep=keep) as other:
+            other.collect(grid, **QUICK)
+            assert other.moments.digest() == expected.digest()
+
+
+def test_where_only_the_sum_is_kept_a_client_sends_its_contribution_again_to_be_forgotten(tmp_path):
+    grid = FakeGrid(range(1, 6))
+    with server_in(tmp_path, keep="sum") as server:
+        server.collect(grid, **QUICK)
+        with pytest.raises(InputError, match="contributions are not kept"):
+            server.forget_clients(["2"])
+        server.forget_rows(grid, 2, "request", everything=True, rank=6)
+        assert server.moments.digest() == moments_of([1, 3, 4, 5], EXACT).digest()
+        assert server.clients == ["1", "3", "4", "5"]
+
+
+def test_or_the_others_are_asked_anew(tmp_path, keep):
+    with collected(tmp_path, keep=keep) as server:
+        server.collect(FakeGrid([1, 3]), refresh=True, **QUICK)
+        assert server.moments.digest() == moments_of([1, 3], EXACT).digest()
+
+
+def test_clients_that_come_later_are_added_and_the_others_are_not_asked(tmp_path, keep):
+    with collected(tmp_path, [1, 2], keep=keep) as server:
+        grid = FakeGrid([1, 2, 3])
+        assert server.collect(grid, **QUICK).accepted == ["3"]
+        assert grid.fetched == [3]
+        assert server.moments.digest() == moments_of([1, 2, 3], EXACT).digest()
+
+
+def test_a_forgotten_client_does_not_come_back(tmp_path):
+    with collected(tmp_path) as server:
+        server.forget_clients(["2"], project=False)
+        assert server.collect(FakeGrid(range(1, 6)), **QUICK).refused == {"2": "it was forgotten"}
+        assert server.moments.digest() == moments_of([1, 3, 4, 5], EXACT).digest()
+
+
+def test_what_was_forgotten_is_in_no_byte_of_the_file(tmp_path):
+    with collected(tmp_path) as server:
+        part = next(moments for client, _, moments in server._archive.parts(1) if client == "2")
+        needle = part._state.vector.numpy().tobytes()
+        file = tmp_path / "federated.sqlite"
+        assert needle in file.read_bytes()
+        server.forget_clients(["2"], rank=6)
+        assert needle not in file.read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["federated.sqlite"]
+
+
+def test_the_projection_goes_back_to_the_clients_or_the_layer_it_was_folded_into(tmp_path):
+    received = []
+    grid = FakeGrid([1, 2, 3], receive=lambda context, update: received.append((context.node_id, update)))
+    model = nn.Sequential()
+    model.fc = nn.Linear(DIM, 5)
+    with server_in(tmp_path) as server:
+        server.collect(grid, **QUICK)
+        with pytest.raises(InputError, match="projection: there is none yet"):
+            server.ship(grid)
+        projection = server.forget_groups([2], rank=6)
+        assert server.ship(grid, progress=False) == []
+        assert [(node, update.digest()) for node, update in received] == [(i, projection.digest()) for i in (1, 2, 3)]
+        received.clear()
+        loft.fold(model, projection)
+        grid.faults[3] = lambda answer: []
+        assert server.ship(grid, model=model, timeout=0.3, progress=False) == ["3"]
+        for _, update in received:
+            assert list(update) == ["fc.bias", "fc.weight"] or list(update) == ["fc.weight", "fc.bias"]
+            torch.testing.assert_close(update["fc.weight"], model.fc.weight.detach(), rtol=0, atol=0)
+
+
+def test_names_instead_of_node_numbers(tmp_path):
+    grid = FakeGrid([11, 12, 13])
+    for node, context in grid._contexts.items():
+        context.node_config["client"] = {11: "a", 12: "b", 13: "b"}[node]
+    with server_in(tmp_path, trust_names=True) as server:
+        with pytest.raises(FederatedError, match="2 clients of 3"):
+            server.collect(grid, **QUICK)
+        assert verdicts(server, "refused") == [("b", "another answer than before, which stands")]
+        server.collect(grid, quorum=2, **QUICK)
+        assert server.clients == ["a", "b"]
+
+
+# ---- faults ----
+
+
+def lost(answer):
+    return []
+
+
+def failed(answer):
+    return [Message(Error(0, "the node is gone"), reply_to=question_of(answer))]
+
+
+def question_of(answer):
+    """A message whose reply looks like this answer."""
+    metadata = answer.metadata
+    asked = Message(answer.content, dst_node_id=metadata.src_node_id, message_type=metadata.message_type)
+    asked.metadata.__dict__["_message_id"] = metadata.reply_to_message_id
+    return asked
+
+
+def twice(answer):
+    return [answer, answer]
+
+
+def twice_and_different(answer):
+    other = Message(answer.content.copy(), reply_to=question_of(answer))
+    changed = moments_of([99], EXACT)
+    messages.with_bytes(other.content, "moments", changed.to_bytes())
+    return [answer, other]
+
+
+def of_round(number):
+    def fault(answer):
+        answer.content["loft_fast"] = ConfigRecord({**answer.content["loft_fast"], "round": number})
+        return [answer]
+
+    return fault
+
+
+def foreign_schema(answer):
+    answer.content["loft_fast"] = ConfigRecord({**answer.content["loft_fast"], "schema": 2})
+    return [answer]
+
+
+def of_another_node(answer):
+    answer.metadata.__dict__["_src_node_id"] = 77
+    return [answer]
+
+
+def sending(make):
+    """An answer with other data, made from the moments that it had."""
+
+    def fault(answer):
+        moments = loft.GroupedMoments.from_bytes(messages.bytes_in(answer.content, "moments"))
+        data = make(moments)
+        if data is None:
+            del answer.content["moments"]
+        else:
+            messages.with_bytes(answer.content, "moments", data)
+        return [answer]
+
+    return fault
+
+
+def changed(change):
+    """Moments whose first group's state was changed behind their back; digest and layout are right."""
+
+    def make(moments):
+        part = moments._parts[moments.keys()[0]]
+        state = part._settled()
+        state.matrix = state.own_matrix().clone()
+        change(state)
+        return moments.to_bytes()
+
+    return sending(make)
+
+
+def negate(state):
+    state.matrix = -state.matrix
+
+
+def scale(state):
+    state.matrix = state.matrix * 3 + state.vector.outer(state.vector)
+
+
+def bend(state):
+    """Correlations that no three features have, of possible variances."""
+    n = state.count
+    state.vector = state.vector * 0
+    state.matrix = state.matrix * 0
+    square = 10**6 * n * 2
+    state.matrix.diagonal().fill_(square)
+    for i, j, sign in ((0, 1, 1), (1, 2, 1), (0, 2, -1)):
+        state.matrix[i, j] = state.matrix[j, i] = sign * square * 9 // 10
+
+
+FAULTS = {
+    "lost": (lost, "no answer from 2"),
+    "failed": (failed, "2: it failed: the node is gone"),
+    "an old round": (of_round(0), "2: it answers round 0"),
+    "a later round": (of_round(7), "2: it answers round 7"),
+    "no round": (of_round("1"), "2: it answers round '1'"),
+    "schema": (foreign_schema, "2: message: it has schema 2, this version reads 1"),
+    "another node": (of_another_node, "2: the answer is of node 77, which was not asked"),
+    "nothing": (sending(lambda moments: None), "2: it sent no moments"),
+    "empty": (sending(lambda moments: b""), "2: it sent no moments"),
+    "noise": (sending(lambda moments: b"\xff" * 100), "2: data: cannot read it as loft_fast.grouped_moments"),
+    "truncated": (sending(lambda moments: moments.to_bytes()[:-9]), "2: data: cannot read it as"),
+    "a bit": (sending(lambda moments: moments.to_bytes()[:-1] + b"\x01"), "2: data: it is damaged"),
+    "kind": (sending(lambda moments: moments.total().to_bytes()), "2: data: it holds loft_fast.moments, expected"),
+    "dimension": (sending(lambda moments: moments_of([2], EXACT, dim=15).to_bytes()), "2: dim: got 15, expected 16"),
+    "scale": (sending(lambda moments: moments_of([2], 5.0).to_bytes()), "2: exact: got"),
+    "floats": (sending(lambda moments: moments_of([2]).to_bytes()), "2: exact: got None"),
+    "negated": (changed(negate), "2: data: it holds moments that contradict themselves"),
+    "scaled": (changed(scale), "2: data: it holds moments that contradict themselves"),
+    "indefinite": (changed(bend), "2: no rows have such moments: a scatter that is not positive semidefinite"),
+    "oversized": (sending(lambda moments: b"\0" * (messages.largest(DIM, 1000) + 1)), "bytes, expected at most"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_faulty_answer_is_refused_and_the_round_is_incomplete_until_it_is_made_good(tmp_path, keep, name):
+    fault, reason = FAULTS[name]
+    grid = FakeGrid([1, 2, 3])
+    grid.faults[2] = fault
+    with server_in(tmp_path, keep=keep) as server:
+        with pytest.raises(FederatedError) as error:
+            server.collect(grid, **QUICK)
+        assert "round 1 is incomplete: 2 clients of 3" in str(error.value)
+        assert reason in str(error.value)
+        assert server.moments.count == 0  # an incomplete round does not count
+        told = [event for event in server.log() if event.verdict in ("refused", "missing")]
+        assert [event.node for event in told] == ["2"]
+        assert told[0].reason in str(error.value) or told[0].verdict == "missing"
+        grid.faults.clear()
+        assert server.collect(grid, **QUICK).accepted == ["2"]
+        assert server.moments.digest() == moments_of([1, 2, 3], EXACT).digest()
+        assert grid.fetched == [1, 2, 3]
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_with_a_quorum_the_moments_are_those_of_who_was_accepted(tmp_path, keep, name):
+    grid = FakeGrid([1, 2, 3])
+    grid.faults[2] = FAULTS[name][0]
+    with server_in(tmp_path, keep=keep) as server:
+        server.collect(grid, quorum=2, **QUICK)
+        assert server.clients == ["1", "3"]
+        assert server.moments.digest() == moments_of([1, 3], EXACT).digest()
+
+
+@pytest.mark.parametrize("fault", [twice, twice_and_different])
+def test_who_answers_twice_counts_once(tmp_path, keep, fault):
+    grid = FakeGrid([1, 2, 3])
+    grid.faults[2] = fault
+    with server_in(tmp_path, keep=keep) as server:
+        server.collect(grid, **QUICK)
+        assert server.moments.digest() == moments_of([1, 2, 3], EXACT).digest()
+        expected = "the same answer again" if fault is twice else "another answer than before, which stands"
+        assert verdicts(server, "refused") == [("2", expected)]
+
+
+def test_a_late_answer_changes_nothing_in_the_next_round(tmp_path, keep):
+    grid = FakeGrid([1, 2, 3])
+    late = []
+    grid.faults[2] = lambda answer: late.append(answer) or []
+    with server_in(tmp_path, keep=keep) as server:
+        server.collect(grid, quorum=2, **QUICK)
+        # Whatever there is of it now comes along with another client's answer, once with the number of its question.
+        grid.faults[2] = lambda answer: [*late, answer]
+        server.collect(grid, quorum=3, **QUICK)
+        assert server.moments.digest() == moments_of([1, 2, 3], EXACT).digest()
+        late[0].metadata.__dict__["_reply_to_message_id"] = grid.delivered[-1].metadata.reply_to_message_id
+        before = server.moments.digest()
+        server.collect(FakeGrid([1, 2, 3, 4]), **QUICK)
+        assert server.moments.digest() == moments_of([1, 2, 3, 4], EXACT).digest() != before
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_floats_that_are_none_are_refused(tmp_path, bad):
+    def spoil(state):
+        state.matrix[0, 0] = bad
+
+    grid = FakeGrid([1, 2])
+    grid.faults[2] = changed(spoil)
+    with server_in(tmp_path, exact=None) as server:
+        server.collect(grid, quorum=1, **QUICK)
+        assert server.clients == ["1"]
+        assert verdicts(server, "refused")[0][1] == "data: it holds moments that contradict themselves"
+
+
+def test_a_client_that_has_nan_says_so_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr("federation.rows", lambda *_: (torch.full((3, DIM), float("nan")), torch.zeros(3).long()))
+    with server_in(tmp_path) as server, pytest.raises(FederatedError, match="it failed: InputError: x: .*NaN"):
+        server.collect(FakeGrid([1]), **QUICK)
+
+
+@pytest.mark.parametrize("change", [lambda state: negate(state), lambda state: state.matrix[0, 1:].mul_(9)])
+def test_float_scatters_that_cannot_be_are_refused(tmp_path, change):
+    grid = FakeGrid([1, 2])
+    grid.faults[2] = changed(change)
+    with server_in(tmp_path, exact=None) as server:
+        server.collect(grid, quorum=1, **QUICK)
+        assert server.clients == ["1"]
+        assert "no rows have such moments" in verdicts(server, "refused")[0][1]
+
+
+def test_rows_longer_than_the_norm_are_refused(tmp_path):
+    with server_in(tmp_path, norm=1.0) as server, pytest.raises(FederatedError, match=r"rows of norm .* at most 1"):
+        server.collect(FakeGrid([1]), **QUICK)
+
+
+def test_few_rows_of_many_features_are_plausible_and_little_else_is():
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        for exact in (None, EXACT):
+            x = (torch.randn(9, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -4, 64)).to(dtype)
+            moments = loft.Moments(64, exact=exact).update(x)
+            assert implausible(moments) is None
+            assert implausible(moments + moments - moments) is None
+            assert implausible(moments, norm=float(x.double().norm(dim=1).max())) is None
+            assert "norm" in implausible(moments, norm=0.1)
+    assert implausible(loft.Moments(3)) is None
+
+
+# ---- crashes ----
+
+KILLED = """
+import os, sys
+sys.path.insert(0, {tests!r})
+from federation import FakeGrid, DIM, EXACT
+from loft_fast.federated import MomentsServer
+grid = FakeGrid(range(1, 6))
+def die(answer):
+    os._exit(9)
+grid.faults[{node}] = die
+with MomentsServer({folder!r}, DIM, exact=EXACT, keep={keep!r}) as server:
+    server.collect(grid, timeout=5, progress=False)
+"""
+
+
+@pytest.mark.parametrize("node", [1, 3, 5])
+def test_a_server_that_is_killed_in_a_round_goes_on_where_it_was(tmp_path, keep, node):
+    tests = os.path.dirname(__file__)
+    script = KILLED.format(tests=tests, node=node, folder=str(tmp_path), keep=keep)
+    # Answers are handed over all at once: without this line, none would have been accepted when the process ends.
+    script = script.replace("grid.faults", "grid.pull_messages = one_by_one(grid)\ngrid.faults", 1)
+    script = script.replace("grid = FakeGrid", ONE_BY_ONE + "\ngrid = FakeGrid", 1)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 9, done.stderr
+    with server_in(tmp_path, keep=keep) as server:
+        assert server.moments.count == 0
+        grid = FakeGrid(range(1, 6))
+        assert server.collect(grid, **QUICK).accepted == [str(client) for client in range(node, 6)]
+        assert grid.fetched == list(range(node, 6))
+        assert server.moments.digest() == moments_of(range(1, 6), EXACT).digest()
+        assert [client for client, _ in verdicts(server, "accepted")] == ["1", "2", "3", "4", "5"]
+
+
+ONE_BY_ONE = """
+def one_by_one(grid):
+    pull = grid.pull_messages
+    return lambda ids: pull(sorted(ids, key=int)[:1])
+"""
+
+
+def test_a_request_changes_all_or_nothing(tmp_path, keep, monkeypatch):
+    with collected(tmp_path, keep=keep) as server:
+        before = server.moments.digest(), server.log()
+        monkeypatch.setattr(type(server._archive), "write", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            server.forget_groups([2], rank=6)
+        monkeypatch.undo()
+        assert (server.moments.digest(), server.log()) == before
+        assert server.projection is None
+        server.forget_groups([2], rank=6)
+
+
+def test_two_servers_do_not_share_a_folder(tmp_path):
+    with collected(tmp_path), pytest.raises(StoreError, match="another server has it open"):
+        server_in(tmp_path)
+    server_in(tmp_path).close()
+
+
+def test_a_request_of_one_id_is_answered_once(tmp_path):
+    with collected(tmp_path) as server:
+        first = server.forget_clients(["1"], "a", rank=6)
+        digest = server.moments.digest()
+        assert server.forget_clients(["2"], "a", rank=6).digest() == first.digest()
+        assert server.moments.digest() == digest
+
+
+def test_a_damaged_or_foreign_file_is_refused(tmp_path):
+    (tmp_path / "federated.sqlite").write_bytes(b"no database" * 1000)
+    with pytest.raises(StoreError, match="file is not a database"):
+        server_in(tmp_path)
+    with pytest.raises(StoreError, match="cannot open"):
+        server_in("/dev/null/folder")
+
+
+# ---- bad input ----
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"exact": True}, "exact: got True, expected None or a number"),
+        ({"exact": -1}, "exact: got -1"),
+        ({"exact": None, "keep": "sum"}, "exact: got None with keep='sum'"),
+        ({"keep": "all"}, "keep: got 'all', expected 'clients' or 'sum'"),
+        ({"max_groups": 0}, "max_groups: got 0"),
+    ],
+)
+def test_bad_options_are_refused(tmp_path, options, message):
+    with pytest.raises(InputError, match=message):
+        server_in(tmp_path, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_calls_change_nothing(tmp_path):
+    with collected(tmp_path) as server:
+        before = server.moments.digest(), server.log()
+        grid = FakeGrid([1])
+        for call, message in (
+            (lambda: server.collect(grid, timeout=0), "timeout: got 0"),
+            (lambda: server.collect(grid, quorum=0), "quorum: got 0"),
+            (lambda: server.forget_clients("1"), "clients: got '1', expected a list"),
+            (lambda: server.forget_clients([]), "clients: got none"),
+            (lambda: server.forget_clients(["9"]), "clients: no client '9'; there are '1', '2'"),
+            (lambda: server.forget_groups([9]), "keys: no group 9"),
+            (lambda: server.forget_clients(["1", "2", "3", "4", "5"], rank=6), "retain"),
+            (lambda: server.forget_clients(["1"], rank=DIM + 1), "rank"),
+            (lambda: server.forget_rows(grid, 1, ""), "id: got ''"),
+        ):
+            with pytest.raises(InputError, match=message):
+                call()
+        assert (server.moments.digest(), server.log()) == before
+    with pytest.raises(InputError, match=r"exact: got 127.99\d*, but .* was made with 63.99"):
+        server_in(tmp_path, exact=120.0)
+
+
+def test_rows_that_were_never_there_are_not_forgotten(tmp_path, keep):
+    def forget(context, id):
+        return moments_of([context.node_id + (id == "foreign")], EXACT, n=50 if id == "many" else 40)
+
+    grid = FakeGrid([1, 2, 3], forget=forget)
+    with server_in(tmp_path, keep=keep) as server:
+        server.collect(grid, **QUICK)
+        before = server.moments.digest()
+        with pytest.raises(FederatedError, match="it failed: InputError: .* cannot remove"):
+            server.forget_rows(grid, 2, "many")
+        grid._contexts[2].state.clear()  # and a client that does not look itself
+        with pytest.raises(FederatedError, match="it sent 50 rows, expected 40"):
+            server.forget_rows(grid, 2, "many")
+        if keep == "clients":  # the sum has those rows, whoever sent them
+            with pytest.raises(FederatedError, match="these rows are not its own"):
+                server.forget_rows(grid, 2, "foreign")
+        grid.faults[2] = lost
+        with pytest.raises(FederatedError, match="no answer within"):
+            server.forget_rows(grid, 2, "silent", timeout=0.2)
+        assert server.moments.digest() == before
+
+
+def test_nothing_is_forgotten_while_a_round_is_open(tmp_path):
+    with collected(tmp_path) as server:
+        grid = FakeGrid([6])
+        grid.faults[6] = lost
+        with pytest.raises(FederatedError, match="incomplete"):
+            server.collect(grid, **QUICK)
+        with pytest.raises(FederatedError, match="round 2 is open"):
+            server.forget_clients(["1"], rank=6)
+
+
+# ---- for a secure sum ----
+
+
+def test_masked_sums_modulo_2_64_are_exact():
+    clients = range(1, 5)
+    states = [moments_of([client], EXACT, grouped=False)._settled() for client in clients]
+    generator = torch.Generator().manual_seed(0)
+    size = len(states[0].flat())
+    masks = {
+        (i, j): torch.randint(-(2**63), 2**63 - 1, (size,), generator=generator)
+        for i in clients
+        for j in clients
+        if i < j
+    }
+    masked = [
+        state.flat()
+        + sum(mask for (i, _), mask in masks.items() if i == client)
+        - sum(mask for (_, j), mask in masks.items() if j == client)
+        for client, state in zip(clients, states, strict=True)
+    ]
+    for hidden, state in zip(masked, states, strict=True):
+        assert not torch.equal(hidden, state.flat())
+    unmasked = states[0].from_flat(sum(masked))
+    whole = moments_of(clients, EXACT, grouped=False)
+    assert unmasked.digest() == whole.digest()
+    assert unmasked.clipped == whole.clipped
