@@ -1,7 +1,8 @@
 """The server's app: collect once, then forget what the run configuration asks for."""
 
-from digits.task import DIM, EXACT, model
 from flwr.serverapp import ServerApp
+
+from digits.task import DIM, EXACT, model
 from loft_fast.federated import MomentsServer
 
 app = ServerApp()
