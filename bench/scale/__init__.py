@@ -1,0 +1,1 @@
+"""Large jobs: what they take in time and memory."""
