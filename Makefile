@@ -6,12 +6,12 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 # Threads that wait by spinning slow each other down many times over where the cores are shared, as on most CI machines.
 # Benchmarks see what users see: the default.
-demo test fuzz quality: export OMP_WAIT_POLICY ?= PASSIVE
+demo test test-scale fuzz quality: export OMP_WAIT_POLICY ?= PASSIVE
 
 MEASURE := mkdir -p .benchmarks && $(BIN)/python -m pytest bench --benchmark-only \
 	--benchmark-json=.benchmarks/last.json --benchmark-columns=median,iqr,rounds
 
-.PHONY: help demo test lint bench bench-check fuzz quality clean
+.PHONY: help demo test test-scale lint bench bench-check fuzz quality clean
 help:            ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
 
@@ -20,6 +20,9 @@ demo: .venv/demo ## a real network forgets a class of real digits; report in dem
 
 test: lint       ## lint, type check, all tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-scale: .venv/dev ## examples and benchmarks on real engines: Flower, torchrun, Ray (about three minutes)
+	$(BIN)/python -m pytest -m scale tests/test_scale.py
 
 lint: .venv/dev  ## ruff and mypy
 	$(BIN)/ruff check .

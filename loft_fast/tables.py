@@ -153,13 +153,15 @@ def _read(
     features: Features,
     group: str | None,
     exact: float | None,
+    threads: bool = True,
 ) -> Moments | GroupedMoments:
-    """`found` with the rows of a row group."""
+    """`found` with the rows of a row group, decoded by several threads or one."""
     import pyarrow.parquet as parquet
 
     try:
-        with parquet.ParquetFile(path) as file:
-            for block in file.iter_batches(_ROWS, row_groups=[number], columns=_columns(features, group)):
+        with parquet.ParquetFile(path, memory_map=True) as file:
+            columns = _columns(features, group)
+            for block in file.iter_batches(_ROWS, row_groups=[number], columns=columns, use_threads=threads):
                 found = _update(found, block, features, group, exact)
     except OSError as error:
         raise InputError(f"paths: cannot read {path!r}: {error}") from error
@@ -243,7 +245,7 @@ def _read_all(items: Any, features: Features, group: str | None, exact: float | 
     found: Moments | GroupedMoments | None = None
     for text in items.column("pieces").to_pylist():
         for path, number, _ in json.loads(text):
-            found = _read(found, path, number, features, group, exact)
+            found = _read(found, path, number, features, group, exact, threads=False)
     return _table(found)
 
 

@@ -105,7 +105,7 @@ def test_loft_fast_commands_run_in_order(tmp_path, monkeypatch):
 def test_pip_lines_name_extras_that_exist():
     """That the wheel installs is shown by test_packaging."""
     lines = [line for line in commands() if line.startswith("pip ")]
-    assert len(lines) == 3
+    assert len(lines) == 5
     extras = set(re.findall(r"\[(\w+)\]", " ".join(lines)))
     assert extras <= set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE))
 

@@ -1,6 +1,6 @@
 """Moments of a Parquet table far larger than memory, by group: on Ray against one process, in time and in memory.
 
-    python -m bench.scale.table --rows 20000000 --folder table --json bench/scale/table.json
+python -m bench.scale.table --rows 20000000 --folder table --json bench/scale/table.json
 """
 
 import argparse

@@ -17,12 +17,12 @@ from torch import nn
 from loft_fast.continual import solve_next
 from loft_fast.errors import FederatedError, FileFormatError, InputError
 from loft_fast.federated import messages
+from loft_fast.federated.answers import Judge
 from loft_fast.federated.archive import Archive, Event, by_key, from_keys
 from loft_fast.federated.rounds import ask, check_seconds, wait_for_nodes
 from loft_fast.grouped_moments import GroupedMoments, Key, plain_keys
 from loft_fast.integer_state import check_exact
 from loft_fast.moments import Moments
-from loft_fast.plausible import implausible
 from loft_fast.projection import Projection
 from loft_fast.sites import find_site
 
@@ -109,9 +109,7 @@ class MomentsServer:
             raise InputError(f"max_groups: got {max_groups!r}, expected an integer >= 1")
         self._blank: Moments | GroupedMoments = (GroupedMoments if grouped else Moments)(dim, exact=exact)
         self._blank.site = site
-        self._norm, self._trust_names = norm, trust_names
-        self._limit = messages.largest(dim, max_groups if grouped else None)
-        self._max_groups = max_groups
+        self._judge = Judge(self._blank, norm, max_groups, trust_names)
         about = {"dim": dim, "exact": self._blank.exact, "keep": keep, "grouped": grouped}
         self._archive = Archive(Path(folder) / _FILE, about)
         self._keep = keep
@@ -249,20 +247,20 @@ class MomentsServer:
         archive = self._archive
         client, who = None, str(node)
         try:
-            client = self._read(node, answer, result.number)[1]
+            client = self._judge.sender(node, answer, result.number)
             who = client
             if client in archive.gone("client"):
                 result.settled.add(str(node))
                 raise FileFormatError("it was forgotten")
-            data = messages.bytes_in(answer.content, "moments", self._limit)
-            digest = hashlib.sha256(data or b"").hexdigest()
+            data = self._judge.data(answer)
+            digest = hashlib.sha256(data).hexdigest()
             known = archive.members(result.number).get(client)
             if known is not None and known[1] == digest:
                 result.settled.add(str(node))
                 raise FileFormatError("the same answer again")
             if known is not None:
                 raise FileFormatError("another answer than before, which stands")
-            moments = self._check(data)
+            moments = self._judge.moments(data, self._site)
         except FileFormatError as error:
             result.refused[who] = str(error)
             log.warning("round %d: %s is refused: %s", result.number, who, error)
@@ -273,43 +271,6 @@ class MomentsServer:
             self._accept(result.number, client, str(node), digest, moments)
         result.accepted.append(client)
         result.settled.add(str(node))
-
-    def _read(self, node: int, answer: Message, round: int) -> tuple[dict[str, Any], str]:
-        if answer.has_error():
-            raise FileFormatError(f"it failed: {answer.error.reason}")
-        if answer.metadata.src_node_id != node:
-            raise FileFormatError(f"the answer is of node {answer.metadata.src_node_id}, which was not asked")
-        fields = messages.fields_of(answer.content)
-        if fields.get("round") != round:
-            raise FileFormatError(f"it answers round {fields.get('round')!r}")
-        if not self._trust_names:
-            return fields, str(node)
-        name = fields.get("client")
-        if not isinstance(name, str) or not 1 <= len(name) <= 200:
-            raise FileFormatError("it has no name")
-        return fields, name
-
-    def _check(self, data: bytes | None) -> Moments | GroupedMoments:
-        """Moments that can be added, from data that anyone may have made."""
-        if not data:
-            raise FileFormatError("it sent no moments")
-        moments = messages.moments_of(data, isinstance(self._blank, GroupedMoments))
-        for name, got, expected in (
-            ("dim", moments.dim, self._blank.dim),
-            ("exact", moments.exact, self._blank.exact),
-            ("site", moments.site or self._site, self._site or moments.site),
-        ):
-            if got != expected:
-                raise FileFormatError(f"{name}: got {got!r}, expected {expected!r}")
-        if isinstance(moments, GroupedMoments) and len(moments) > self._max_groups:
-            raise FileFormatError(f"it has {len(moments)} groups, expected at most {self._max_groups}")
-        for key, part in by_key(moments).items():
-            why = implausible(part, self._norm)
-            if why is not None:
-                raise FileFormatError(
-                    f"no rows have such moments: {why}" + (f" (group {key})" if key != "null" else "")
-                )
-        return moments
 
     def _still(self, moments: Moments | GroupedMoments) -> dict[str, Moments]:
         """What there is of groups that were not forgotten."""
@@ -399,12 +360,10 @@ class MomentsServer:
 
         def take(node: int, answer: Message) -> None:
             try:
-                fields, client = self._read(node, answer, round)
-                if not everything and fields.get("id") != id:
-                    raise FileFormatError(f"it answers request {fields.get('id')!r}")
+                client = self._judge.sender(node, answer, round, None if everything else id)
                 if client not in self.clients:
                     raise FileFormatError("it has not contributed")
-                moments = self._check(messages.bytes_in(answer.content, "moments", self._limit))
+                moments = self._judge.moments(self._judge.data(answer), self._site)
                 found.append((client, from_keys(self._still(moments), moments)))
             except FileFormatError as error:
                 refused.append(str(error))

@@ -1,0 +1,71 @@
+"""What a server asks of an answer before it believes it."""
+
+from __future__ import annotations
+
+from flwr.app import Message
+
+from loft_fast.errors import FileFormatError
+from loft_fast.federated import messages
+from loft_fast.federated.archive import by_key
+from loft_fast.grouped_moments import GroupedMoments
+from loft_fast.moments import Moments
+from loft_fast.plausible import implausible
+
+
+class Judge:
+    """Refuses, with a FileFormatError that says why, whatever is not the answer of a client to the question asked.
+
+    Args:
+        blank: of no rows, of the kind that is expected.
+        norm: Euclidean norm that no row exceeds; None: any.
+        max_groups: that one client may have.
+        trust_names: whether a client is who it says, or the node that it is.
+    """
+
+    def __init__(self, blank: Moments | GroupedMoments, norm: float | None, max_groups: int, trust_names: bool) -> None:
+        self._blank, self._norm, self._max_groups, self._trust_names = blank, norm, max_groups, trust_names
+        self._grouped = isinstance(blank, GroupedMoments)
+        self._limit = messages.largest(blank.dim, max_groups if self._grouped else None)
+
+    def sender(self, node: int, answer: Message, round: int, id: str | None = None) -> str:
+        """The name of the client whose answer this is, to a question of this round and request that `node` got."""
+        if answer.has_error():
+            raise FileFormatError(f"it failed: {answer.error.reason}")
+        if answer.metadata.src_node_id != node:
+            raise FileFormatError(f"the answer is of node {answer.metadata.src_node_id}, which was not asked")
+        fields = messages.fields_of(answer.content)
+        if fields.get("round") != round:
+            raise FileFormatError(f"it answers round {fields.get('round')!r}")
+        if id is not None and fields.get("id") != id:
+            raise FileFormatError(f"it answers request {fields.get('id')!r}")
+        if not self._trust_names:
+            return str(node)
+        name = fields.get("client")
+        if not isinstance(name, str) or not 1 <= len(name) <= 200:
+            raise FileFormatError("it has no name")
+        return name
+
+    def data(self, answer: Message) -> bytes:
+        """The moments that came along, unread, no longer than they may be."""
+        data = messages.bytes_in(answer.content, "moments", self._limit)
+        if not data:
+            raise FileFormatError("it sent no moments")
+        return data
+
+    def moments(self, data: bytes, site: str | None) -> Moments | GroupedMoments:
+        """Moments that can be added, from data that anyone may have made."""
+        moments = messages.moments_of(data, self._grouped)
+        for name, got, expected in (
+            ("dim", moments.dim, self._blank.dim),
+            ("exact", moments.exact, self._blank.exact),
+            ("site", moments.site or site, site or moments.site),
+        ):
+            if got != expected:
+                raise FileFormatError(f"{name}: got {got!r}, expected {expected!r}")
+        if isinstance(moments, GroupedMoments) and len(moments) > self._max_groups:
+            raise FileFormatError(f"it has {len(moments)} groups, expected at most {self._max_groups}")
+        for key, part in by_key(moments).items():
+            why = implausible(part, self._norm)
+            if why is not None:
+                raise FileFormatError(f"no rows have such moments: {why} (group {key})")
+        return moments
