@@ -496,9 +496,43 @@ def test_two_servers_do_not_share_a_folder(tmp_path):
 def test_a_request_of_one_id_is_answered_once(tmp_path):
     with collected(tmp_path) as server:
         first = server.forget_clients(["1"], "a", rank=6)
-        digest = server.moments.digest()
-        assert server.forget_clients(["2"], "a", rank=6).digest() == first.digest()
-        assert server.moments.digest() == digest
+        second = server.forget_groups([2], "b", rank=5)
+        before = server.moments.digest(), server.log()
+        assert server.forget_clients(["1"], "a", rank=6).digest() == second.digest() != first.digest()
+        assert server.forget_groups([2], "b").digest() == second.digest()
+        with pytest.raises(InputError, match="id: 'a' was another request: clients 1"):
+            server.forget_clients(["2"], "a")
+        with pytest.raises(InputError, match="id: 'a' was another request: clients 1"):
+            server.forget_groups([3], "a")
+        assert (server.moments.digest(), server.log()) == before
+
+
+def test_a_client_forgets_all_of_a_group_and_is_then_forgotten(tmp_path):
+    grid = FakeGrid([1, 2, 3], forget=lambda context, id: moments_of([context.node_id], EXACT).select([2]))
+    with server_in(tmp_path) as server:
+        server.collect(grid, **QUICK)
+        server.forget_rows(grid, 1, "rows", rank=6)
+        rest = moments_of([2, 3], EXACT)
+        assert server.moments.digest() == (rest + moments_of([1], EXACT).without([2])).digest()
+        server.forget_clients(["1"], rank=5)
+        assert server.moments.digest() == rest.digest()
+
+
+def test_an_open_round_is_abandoned_or_begun_anew(tmp_path, keep):
+    with collected(tmp_path, [1, 2], keep=keep) as server:
+        grid = FakeGrid([3, 4])
+        grid.faults[4] = lost
+        for _ in range(2):
+            with pytest.raises(FederatedError, match="3 clients of 4"):
+                server.collect(grid, **QUICK)
+        server.abandon()
+        server.abandon()
+        assert verdicts(server, "abandoned") == [(None, "what was accepted in it is deleted")]
+        assert server.moments.digest() == moments_of([1, 2], EXACT).digest()
+        with pytest.raises(FederatedError, match="3 clients of 4"):
+            server.collect(grid, **QUICK)
+        server.collect(FakeGrid([2, 5]), refresh=True, **QUICK)
+        assert server.moments.digest() == moments_of([2, 5], EXACT).digest()
 
 
 def test_a_damaged_or_foreign_file_is_refused(tmp_path):
@@ -542,6 +576,7 @@ def test_bad_calls_change_nothing(tmp_path):
             (lambda: server.forget_clients(["1", "2", "3", "4", "5"], rank=6), "retain"),
             (lambda: server.forget_clients(["1"], rank=DIM + 1), "rank"),
             (lambda: server.forget_rows(grid, 1, ""), "id: got ''"),
+            (lambda: server.forget_rows(grid, 1, "a", timeout=-1), "timeout: got -1"),
         ):
             with pytest.raises(InputError, match=message):
                 call()

@@ -44,7 +44,8 @@ class Event:
         time: UTC, ISO 8601.
         round: that it belongs to.
         client, node: whom it is about, if anyone.
-        verdict: "accepted", "refused", "missing", "opened", "closed", "incomplete" or "forgotten".
+        verdict: "accepted", "refused", "missing", "opened", "closed", "incomplete",
+            "abandoned" or "forgotten".
         reason: in words.
         id: of a forget request.
     """
@@ -190,13 +191,14 @@ class Archive:
                 data = self._rows("SELECT moments FROM parts WHERE answer = ? AND key = ?", answer, key)[0][0]
                 yield client, key, Moments.from_bytes(data)
 
-    def replace_parts(self, round: int, client: str, parts: dict[str, bytes], count: int) -> None:
-        """Keep these parts of a client in the place of others of the same keys."""
+    def replace_parts(self, round: int, client: str, parts: dict[str, bytes], fewer: int) -> None:
+        """Keep these parts of a client in the place of those there were, and so many rows less."""
         answer = self._rows("SELECT answer FROM members WHERE round = ? AND client = ?", round, client)[0][0]
+        self._base.execute("DELETE FROM parts WHERE answer = ?", (answer,))
         self._base.executemany(
-            "INSERT OR REPLACE INTO parts VALUES (?, ?, ?)", [(answer, key, data) for key, data in parts.items()]
+            "INSERT INTO parts VALUES (?, ?, ?)", [(answer, key, data) for key, data in parts.items()]
         )
-        self._base.execute("UPDATE answers SET count = count - ? WHERE id = ?", (count, answer))
+        self._base.execute("UPDATE answers SET count = count - ? WHERE id = ?", (fewer, answer))
 
     def drop_members(self, round: int, clients: Iterable[str]) -> None:
         """Take clients out of a round, and out of the file if they are in no other."""
@@ -211,7 +213,7 @@ class Archive:
         self._base.execute("DELETE FROM totals WHERE key = ?", (key,))
 
     def drop_rounds(self, but: int) -> None:
-        """Forget all rounds but one."""
+        """Drop all rounds but one."""
         self._base.execute("DELETE FROM members WHERE round <> ?", (but,))
         self._base.execute("DELETE FROM totals WHERE round <> ?", (but,))
         self._collect()

@@ -44,6 +44,8 @@ def ask(
     questions = [
         Message(content(), dst_node_id=node, message_type=kind, group_id=group, ttl=timeout + 60) for node in nodes
     ]
+    if not questions:
+        return []
     sent = dict(zip(grid.push_messages(questions), nodes, strict=True))
     waiting = set(sent)
     give_up = time.monotonic() + timeout

@@ -228,10 +228,23 @@ class MomentsServer:
             archive.write(number, "closed", f"{there} clients")
         return result
 
+    def abandon(self) -> None:
+        """Give up a round that is not complete: what was accepted in it is deleted. Without one, nothing happens."""
+        archive = self._archive
+        if archive.get("open") is None:
+            return
+        with archive.change():
+            archive.drop_rounds(archive.round)
+            archive.put("open", None)
+            archive.put("refresh", None)
+            archive.write(archive.round + 1, "abandoned", "what was accepted in it is deleted")
+
     def _open(self, refresh: bool) -> int:
         """The number of the round that goes on, or of a new one."""
         archive = self._archive
         number = archive.round + 1
+        if refresh and archive.get("open") is not None and archive.get("refresh") is None:
+            self.abandon()
         if archive.get("open") is None:
             with archive.change():
                 archive.put("open", "1")
@@ -302,9 +315,14 @@ class MomentsServer:
         Raises:
             InputError: no such client, contributions are not kept, or what `solve` refuses; nothing has changed.
         """
-        names = self._names(clients, self.clients, "clients")
-        if self._known(id):
+        names = _listed(clients)
+        what = f"clients {', '.join(names)}"
+        if self._answered(id, what):
             return self.projection
+        unknown = next((name for name in names if name not in self.clients), None)
+        if unknown is not None:
+            there = ", ".join(map(repr, self.clients[:10])) or "none"
+            raise InputError(f"clients: no client {unknown!r}; there are {there}")
         if self._keep == "sum":
             raise InputError("clients: contributions are not kept (keep='sum'); ask them: forget_rows(grid, node)")
         round = self._archive.round
@@ -316,16 +334,18 @@ class MomentsServer:
             self._archive.set_gone("client", names)
 
         rest = self._rest(round, names, part)
-        return self._forget(id, rest, part, f"clients {', '.join(names)}", change, options)
+        return self._forget(id, rest, part, what, change, options)
 
     def forget_groups(self, keys: Iterable[Key], id: str | None = None, **options: Any) -> Projection | None:
         """Forget groups, such as classes, of all clients; as for `forget_clients`. No client brings them back."""
         whole = self.moments
         if not isinstance(whole, GroupedMoments):
             raise InputError("keys: clients send moments that are not grouped (grouped=False)")
-        if self._known(id):
+        wanted = plain_keys(keys)
+        what = f"groups {', '.join(map(repr, wanted))}"
+        if self._answered(id, what):
             return self.projection
-        part, rest = whole.select(plain_keys(keys)), whole.without(keys)
+        part, rest = whole.select(wanted), whole.without(wanted)
         texts = list(by_key(part))
 
         def change() -> None:
@@ -333,7 +353,7 @@ class MomentsServer:
                 self._archive.drop_key(text)
             self._archive.set_gone("group", texts)
 
-        return self._forget(id, rest, part, f"groups {', '.join(texts)}", change, options)
+        return self._forget(id, rest, part, what, change, options)
 
     def forget_rows(
         self, grid: Grid, node: int, id: str, timeout: float = 300.0, everything: bool = False, **options: Any
@@ -352,7 +372,9 @@ class MomentsServer:
         """
         if not isinstance(id, str) or not id:
             raise InputError(f"id: got {id!r}, expected a text")
-        if self._known(id):
+        check_seconds("timeout", timeout)
+        what = f"{'everything' if everything else 'rows'} of node {node}"
+        if self._answered(id, what):
             return self.projection
         round = self._archive.round
         found: list[tuple[str, Moments | GroupedMoments]] = []
@@ -399,7 +421,7 @@ class MomentsServer:
 
         if own is not None and self._blank.exact is None:
             rest = self._rest(round, [client], part, own)
-        return self._forget(id, rest, part, f"{part.count} rows of {client}", change, options)
+        return self._forget(id, rest, part, what, change, options)
 
     def _rest(
         self,
@@ -430,7 +452,7 @@ class MomentsServer:
         options: dict[str, Any],
     ) -> Projection | None:
         if self._archive.get("open") is not None:
-            raise FederatedError(f"round {self._archive.round + 1} is open: complete it before anything is forgotten")
+            raise FederatedError(f"round {self._archive.round + 1} is open: collect or abandon() first")
         project = options.pop("project", True)
         projection = self.projection
         if project:
@@ -442,22 +464,12 @@ class MomentsServer:
             self._archive.write(self._archive.round, "forgotten", what, id=id)
         return projection
 
-    def _known(self, id: str | None) -> bool:
-        return id is not None and self._archive.request(id) is not None
-
-    @staticmethod
-    def _names(names: Iterable[str], known: list[str], argument: str) -> list[str]:
-        if isinstance(names, str) or not isinstance(names, Iterable):
-            raise InputError(f"{argument}: got {names!r}, expected a list of names")
-        listed = sorted(set(names))
-        unknown = next((name for name in listed if name not in known), None)
-        if unknown is not None:
-            raise InputError(
-                f"{argument}: no client {unknown!r}; there are {', '.join(map(repr, known[:10])) or 'none'}"
-            )
-        if not listed:
-            raise InputError(f"{argument}: got none, expected at least one name")
-        return listed
+    def _answered(self, id: str | None, what: str) -> bool:
+        """Whether there was a request of this id, which must have been the same."""
+        event = None if id is None else self._archive.request(id)
+        if event is not None and event.reason != what:
+            raise InputError(f"id: {id!r} was another request: {event.reason}")
+        return event is not None
 
     # ---- and back to the clients ----
 
@@ -501,3 +513,12 @@ class MomentsServer:
         asked = wait_for_nodes(grid, nodes, timeout)
         silent = ask(grid, messages.UPDATE, content, asked, timeout, str(self._archive.round), take, progress)
         return [str(node) for node in sorted({*silent, *failed})]
+
+
+def _listed(clients: Iterable[str]) -> list[str]:
+    if isinstance(clients, str) or not isinstance(clients, Iterable):
+        raise InputError(f"clients: got {clients!r}, expected a list of names")
+    names = sorted(set(clients))
+    if not names:
+        raise InputError("clients: got none, expected at least one name")
+    return names
