@@ -1,5 +1,6 @@
 """A server and its clients on Flower's Message API: whatever clients do, the moments are those of who was accepted."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -615,6 +616,14 @@ def test_nothing_is_forgotten_while_a_round_is_open(tmp_path):
             server.collect(grid, **QUICK)
         with pytest.raises(FederatedError, match="round 2 is open"):
             server.forget_clients(["1"], rank=6)
+
+
+def test_without_flower_there_is_a_clear_error(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("loft_fast.federated")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "flwr", None)
+    with pytest.raises(loft.MissingExtraError, match=r"pip install 'loft-fast\[federated\]'"):
+        importlib.import_module("loft_fast.federated")
 
 
 # ---- for a secure sum ----

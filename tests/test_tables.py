@@ -1,5 +1,7 @@
 """Tables larger than memory: blocks of any engine, Parquet files in this process and on Ray, Ray data sets."""
 
+import functools
+import operator
 import re
 import subprocess
 import sys
@@ -12,9 +14,10 @@ import torch
 from pyarrow import parquet
 
 import loft_fast as loft
-from loft_fast import InputError, tables
+from loft_fast import InputError, MissingExtraError, tables
 
 N, DIM, EXACT = 1000, 6, 20.0
+ROOT = Path(__file__).parent.parent
 
 
 def content(seed=0, n=N):
@@ -69,6 +72,23 @@ def test_blocks_of_every_kind_are_the_same_rows(kind, features):
     assert tables.block_moments(block, features, "name", EXACT).digest() == named.digest()
     assert tables.block_moments(block, features, exact=EXACT).digest() == whole().total().digest()
     assert tables.block_moments(block, features).count == N
+
+
+def test_blocks_add_up_as_the_docs_say():
+    blocks, block_moments = table(*content()).to_batches(max_chunksize=77), tables.block_moments
+    snippet = next(line for line in (ROOT / "docs" / "scale.md").read_text().splitlines() if "functools.reduce" in line)
+    scope = {"functools": functools, "operator": operator, "block_moments": block_moments, "blocks": blocks}
+    exec(snippet, scope)
+    assert scope["moments"].digest() == whole(exact=8.0).digest()
+
+
+def test_without_the_extras_there_is_a_clear_error(monkeypatch, folder):
+    monkeypatch.setitem(sys.modules, "ray.data", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'loft-fast\[ray\]'"):
+        tables.parquet_moments(folder, "features", engine="ray", progress=False)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'loft-fast\[ray\]'"):
+        tables.parquet_moments(folder, "features")
 
 
 def test_no_rows_are_no_rows():
