@@ -65,7 +65,12 @@ def test_the_simulation_collects_once_and_forgets_in_a_later_run(tmp_path, envir
 
 
 def test_processes_with_tls_and_keys(tmp_path, environment):
-    said = run([sys.executable, "deploy.py", "--forget-digits", "7", "--folder", tmp_path], environment, cwd=EXAMPLE)
+    said = run(
+        [sys.executable, "deploy.py", "--forget-digits", "7", "--stranger", "--folder", tmp_path],
+        environment,
+        cwd=EXAMPLE,
+    )
+    assert "Connection attempt failed" in said  # of the node whose key is not registered
     assert "round 1: 2 new contributions accepted" in said
     assert moments_line(said)[0] == "2"
     assert "not told: nobody" in said

@@ -1,6 +1,6 @@
 """The example as separate processes on this machine, over TLS, with authenticated nodes:
 
-    python deploy.py [--clients 2] [--forget-digits 7] [--folder federated]
+    python deploy.py [--clients 2] [--forget-digits 7] [--stranger] [--folder federated]
 
 It makes certificates and keys, starts a SuperLink and a SuperNode per client, registers their keys, runs the app once,
 and stops everything. In earnest each of these runs where it belongs, with certificates of your own.
@@ -115,10 +115,11 @@ def run(options, place, running):
     give_up = time.monotonic() + 60
     while socket.socket().connect_ex(("127.0.0.1", port)) and time.monotonic() < give_up:
         time.sleep(0.2)
-    for client in range(options.clients):
+    for client in range(options.clients + options.stranger):
         key = place / f"client-{client}"
         write_key(key, ec.generate_private_key(ec.SECP384R1()))
-        flwr("supernode", "register", f"{key}.pub", "here")
+        if client < options.clients:
+            flwr("supernode", "register", f"{key}.pub", "here")
         identity = ("--auth-supernode-private-key", key, "--auth-supernode-public-key", f"{key}.pub")
         start(
             f"supernode-{client}",
@@ -126,6 +127,9 @@ def run(options, place, running):
             *("--superlink", address, "--root-certificates", authority, *identity, *tls),
             *("--node-config", f"partition-id={client}", "--port", free_port()),
         )
+    if options.stranger:
+        time.sleep(10)  # it would be in by now
+        print("the stranger:", (place / f"supernode-{options.clients}.log").read_text().strip()[-300:])
     # Names are not trusted here: a node is who has its key.
     settings = {"folder": str(Path(options.folder).resolve()), "clients": options.clients, "trust-names": False}
     settings["forget-digits"] = options.forget_digits
@@ -150,6 +154,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clients", type=int, default=2)
     parser.add_argument("--forget-digits", default="")
+    parser.add_argument("--stranger", action="store_true", help="and one more node, whose key nobody registered")
     parser.add_argument("--folder", default="federated")
     options = parser.parse_args()
     place = Path(tempfile.mkdtemp(prefix="loft-deploy-"))
