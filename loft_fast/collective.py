@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from loft_fast.errors import DistributedError, InputError
+from loft_fast.ops.arguments import check_positive
 
 TIMEOUT = 300.0  # seconds
 
@@ -29,8 +30,7 @@ class Peers:
     """
 
     def __init__(self, group: Any = None, timeout: float = TIMEOUT) -> None:
-        if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < float("inf"):
-            raise InputError(f"timeout: got {timeout!r}, expected seconds, more than 0")
+        check_positive("timeout", timeout)
         if not dist.is_available() or not dist.is_initialized():
             raise InputError("group: torch.distributed is not initialised (torch.distributed.init_process_group)")
         if group is dist.GroupMember.NON_GROUP_MEMBER:

@@ -120,6 +120,16 @@ def read_tensors(
     return {key: tensors[key] for key in names}, header
 
 
+def read_header(data: bytes) -> dict[str, str]:
+    """The header of such a file's content, unchecked, without reading a tensor; empty if there is none."""
+    length = int.from_bytes(data[:8], "little")
+    try:
+        header = json.loads(data[8 : 8 + length])["__metadata__"] if 8 + length <= len(data) else {}
+    except (KeyError, RecursionError, TypeError, ValueError):
+        return {}
+    return header if isinstance(header, dict) else {}
+
+
 def name_of(source: str | os.PathLike[str] | bytes) -> str:
     """What messages call the argument of this content."""
     return "data: it" if isinstance(source, bytes) else f"path: {str(source)!r}"
@@ -137,8 +147,7 @@ class _Content:
 
     def __init__(self, data: bytes) -> None:
         self._tensors = deserialize(data)  # which checks the header
-        length = int.from_bytes(data[:8], "little")
-        self._metadata = json.loads(data[8 : 8 + length]).get("__metadata__")
+        self._metadata = read_header(data)
 
     def __enter__(self) -> _Content:
         return self
@@ -146,7 +155,7 @@ class _Content:
     def __exit__(self, *error: object) -> None:
         pass
 
-    def metadata(self) -> dict[str, str] | None:
+    def metadata(self) -> dict[str, str]:
         return self._metadata
 
     def keys(self) -> list[str]:

@@ -48,10 +48,7 @@ class Site:
     @property
     def plain(self) -> nn.Module:
         """The module without a wrapper of torch.compile or FSDP."""
-        inner = unwrap(self.module)
-        while (wrapped := inner._modules.get(_FSDP)) is not None:
-            inner = unwrap(wrapped)
-        return inner
+        return _plain(self.module)
 
     def channel_dim(self, features: Tensor) -> int:
         """Which dimension of the features is d: what the module takes it to be, else 1 for (n, c, h, w), or last."""
@@ -121,6 +118,14 @@ def unwrap(model: nn.Module, argument: str = "model") -> nn.Module:
             return model
 
 
+def _plain(module: nn.Module) -> nn.Module:
+    """The module inside wrappers, that of FSDP too: what it is, but not what to call."""
+    module = unwrap(module)
+    while (wrapped := module._modules.get(_FSDP)) is not None:
+        module = unwrap(wrapped)
+    return module
+
+
 def device_of(model: nn.Module, alone: bool = False) -> torch.device:
     """Where the model starts; with `alone`, all of it has to be there."""
     devices = dict.fromkeys(tensor.device for tensor in itertools.chain(model.parameters(), model.buffers()))
@@ -157,7 +162,7 @@ def find_site(model: nn.Module, site: str | None = None) -> Site:
 def last_linear(model: nn.Module) -> str | None:
     """The name of the last nn.Linear, by the order in which modules were registered."""
     modules = reversed(_modules(model).items())
-    return next((name for name, part in modules if isinstance(Site(name, "input", part).plain, nn.Linear)), None)
+    return next((name for name, part in modules if isinstance(_plain(part), nn.Linear)), None)
 
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:

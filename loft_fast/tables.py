@@ -228,7 +228,9 @@ def _collect(parts: Any, grouped: bool, bar: Any = None) -> Moments | GroupedMom
         cause: BaseException | None = error.cause
         while cause is not None and not isinstance(cause, InputError):
             cause = cause.__cause__
-        raise InputError(str(cause or error)) from error
+        if cause is None:  # the engine's trouble, not the caller's
+            raise
+        raise InputError(str(cause)) from error
     return found
 
 

@@ -90,7 +90,7 @@ def test_moments_that_do_not_fit_are_refused_everywhere_and_change_nothing(tmp_p
         "site": "InputError: group: process 2 has moments of site='b:input', process 0 of 'a:input'",
         "rows": f"InputError: group: together that would be {2**33} rows, expected at most {2**32}",
         "group": "InputError: group: got str, expected a torch.distributed.ProcessGroup or None",
-        "timeout": "InputError: timeout: got 0, expected seconds, more than 0",
+        "timeout": "InputError: timeout: got 0, expected a number above 0",
         "unchanged": True,
         "and on it goes": ROWS,
     }

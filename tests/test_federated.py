@@ -323,6 +323,7 @@ FAULTS = {
     "a bit": (sending(lambda moments: moments.to_bytes()[:-1] + b"\x01"), "2: data: it is damaged"),
     "kind": (sending(lambda moments: moments.total().to_bytes()), "2: data: it holds loft_fast.moments, expected"),
     "dimension": (sending(lambda moments: moments_of([2], EXACT, dim=15).to_bytes()), "2: dim: got 15, expected 16"),
+    "forged": (sending(lambda moments: forged(moments)), "2: data: it "),
     "scale": (sending(lambda moments: moments_of([2], 5.0).to_bytes()), "2: exact: got"),
     "floats": (sending(lambda moments: moments_of([2]).to_bytes()), "2: exact: got None"),
     "negated": (changed(negate), "2: data: it holds moments that contradict themselves"),
@@ -373,20 +374,62 @@ def test_who_answers_twice_counts_once(tmp_path, keep, fault):
         assert verdicts(server, "refused") == [("2", expected)]
 
 
-def test_a_late_answer_changes_nothing_in_the_next_round(tmp_path, keep):
+def test_an_answer_to_an_earlier_round_is_not_one_to_this(tmp_path, keep):
     grid = FakeGrid([1, 2, 3])
     late = []
     grid.faults[2] = lambda answer: late.append(answer) or []
+
+    def replay(answer):
+        late.append(Message(late[0].content, reply_to=question_of(answer)))  # as if it answered the new question
+        return [*late, answer]
+
     with server_in(tmp_path, keep=keep) as server:
         server.collect(grid, quorum=2, **QUICK)
-        # Whatever there is of it now comes along with another client's answer, once with the number of its question.
-        grid.faults[2] = lambda answer: [*late, answer]
-        server.collect(grid, quorum=3, **QUICK)
+        grid.faults[2] = replay
+        assert server.collect(grid, **QUICK).accepted == ["2"]
+        # What answers no question of this round is not even looked at; what says that it does is refused.
+        assert verdicts(server, "refused") == [(None, "it answers round 1")]
         assert server.moments.digest() == moments_of([1, 2, 3], EXACT).digest()
-        late[0].metadata.__dict__["_reply_to_message_id"] = grid.delivered[-1].metadata.reply_to_message_id
-        before = server.moments.digest()
-        server.collect(FakeGrid([1, 2, 3, 4]), **QUICK)
-        assert server.moments.digest() == moments_of([1, 2, 3, 4], EXACT).digest() != before
+
+
+def test_another_dimension_is_refused_before_a_matrix_is_made(tmp_path, monkeypatch):
+    grid = FakeGrid([1], dim=15)
+    monkeypatch.setattr("loft_fast.moments.unpack", lambda *_: 1 / 0)
+    with server_in(tmp_path) as server, pytest.raises(FederatedError, match="1: dim: got 15, expected 16"):
+        server.collect(grid, **QUICK)
+
+
+def forged(moments):
+    """A header that claims the right dimension, with tensors of another."""
+    data = moments_of([2], EXACT, dim=15).to_bytes()
+    return data.replace(b'"dim":"15"', b'"dim":"16"')
+
+
+def test_a_node_with_a_file_remembers_from_run_to_run(tmp_path):
+    asked = []
+
+    def forget(context, id):
+        asked.append(id)
+        return moments_of([context.node_id], EXACT).select([2])
+
+    rest = moments_of([1], EXACT).without([2])
+    for run in range(2):
+        grid = FakeGrid([1], forget=forget)
+        grid._contexts[1].node_config["moments"] = str(tmp_path / "client.safetensors")
+        with server_in(tmp_path / "server") as server:
+            if run == 0:
+                server.collect(grid, **QUICK)
+                grid.faults[1] = lost  # the client has answered, the server has not heard
+                with pytest.raises(FederatedError, match="no answer"):
+                    server.forget_rows(grid, 1, "request", timeout=0.2, rank=6)
+            else:
+                server.forget_rows(grid, 1, "request", rank=6)
+                assert server.moments.digest() == rest.digest()
+                with server_in(tmp_path / "other") as other:
+                    other.collect(grid, **QUICK)
+                    assert other.moments.digest() == rest.digest()
+        assert grid.fetched == [1][run:]
+    assert asked == ["request"]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -555,6 +598,7 @@ def test_a_damaged_or_foreign_file_is_refused(tmp_path):
         ({"exact": None, "keep": "sum"}, "exact: got None with keep='sum'"),
         ({"keep": "all"}, "keep: got 'all', expected 'clients' or 'sum'"),
         ({"max_groups": 0}, "max_groups: got 0"),
+        ({"norm": -1.0}, "norm: got -1.0, expected a number above 0"),
     ],
 )
 def test_bad_options_are_refused(tmp_path, options, message):

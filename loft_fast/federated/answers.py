@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from flwr.app import Message
 
+from loft_fast import files
 from loft_fast.errors import FileFormatError
 from loft_fast.federated import messages
 from loft_fast.federated.archive import by_key
@@ -54,9 +55,12 @@ class Judge:
 
     def moments(self, data: bytes, site: str | None) -> Moments | GroupedMoments:
         """Moments that can be added, from data that anyone may have made."""
+        # Before a matrix is made of it; that the header tells the truth is then found on reading.
+        claimed = files.read_header(data).get("dim", str(self._blank.dim))
+        if claimed != str(self._blank.dim):
+            raise FileFormatError(f"dim: got {claimed}, expected {self._blank.dim}")
         moments = messages.moments_of(data, self._grouped)
         for name, got, expected in (
-            ("dim", moments.dim, self._blank.dim),
             ("exact", moments.exact, self._blank.exact),
             ("site", moments.site or site, site or moments.site),
         ):

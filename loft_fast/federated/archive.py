@@ -164,6 +164,15 @@ class Archive:
         )
         return {client: (node, digest, count) for client, node, digest, count in found}
 
+    def known(self, round: int, client: str) -> str | None:
+        """The digest of a client's answer, if it is in a round."""
+        found = self._rows(
+            "SELECT digest FROM members JOIN answers ON answers.id = answer WHERE round = ? AND members.client = ?",
+            round,
+            client,
+        )
+        return found[0][0] if found else None
+
     def inherit(self, new: int, old: int) -> None:
         """Begin a round with all that another has."""
         self._base.execute("INSERT INTO members SELECT ?, client, answer FROM members WHERE round = ?", (new, old))
@@ -221,10 +230,15 @@ class Archive:
     def _collect(self) -> None:
         self._base.execute("DELETE FROM answers WHERE id NOT IN (SELECT answer FROM members)")
 
-    def total(self, round: int) -> dict[str, Moments]:
-        """What the kept sum of a round is, by key."""
-        found = self._rows("SELECT key, moments FROM totals WHERE round = ? ORDER BY key", round)
-        return {key: Moments.from_bytes(data) for key, data in found}
+    def total(self, round: int, keys: Iterable[str] | None = None) -> dict[str, Moments]:
+        """What the kept sum of a round is, by key; of all keys, or of those there are among some."""
+        if keys is None:
+            keys = [key for (key,) in self._rows("SELECT key FROM totals WHERE round = ? ORDER BY key", round)]
+        found = {}
+        for key in keys:
+            for (data,) in self._rows("SELECT moments FROM totals WHERE round = ? AND key = ?", round, key):
+                found[key] = Moments.from_bytes(data)
+        return found
 
     def set_total(self, round: int, key: str, moments: Moments) -> None:
         """Keep a sum."""
@@ -235,6 +249,10 @@ class Archive:
     def gone(self, kind: str) -> set[str]:
         """Names of the "client"s, or keys of the "group"s, that were forgotten."""
         return {name for (name,) in self._rows("SELECT name FROM gone WHERE kind = ?", kind)}
+
+    def is_gone(self, kind: str, name: str) -> bool:
+        """Whether it was forgotten."""
+        return bool(self._rows("SELECT 1 FROM gone WHERE kind = ? AND name = ?", kind, name))
 
     def set_gone(self, kind: str, names: Iterable[str]) -> None:
         """Remember that these were forgotten."""
@@ -260,12 +278,15 @@ class Archive:
 
     def log(self) -> list[Event]:
         """All lines, in order."""
+        return self._events("ORDER BY number")
+
+    def _events(self, which: str, *values: Any) -> list[Event]:
         names = "number, time, round, client, node, verdict, reason, id"
-        return [Event(*row) for row in self._rows(f"SELECT {names} FROM log ORDER BY number")]
+        return [Event(*row) for row in self._rows(f"SELECT {names} FROM log {which}", *values)]
 
     def request(self, id: str) -> Event | None:
         """The line of a forget request, if there was one of this id."""
-        return next((event for event in self.log() if event.id == id), None)
+        return next(iter(self._events("WHERE id = ?", id)), None)
 
 
 def by_key(moments: Moments | GroupedMoments) -> dict[str, Moments]:

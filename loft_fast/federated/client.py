@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from loft_fast.grouped_moments import GroupedMoments
 from loft_fast.moments import Moments
 from loft_fast.projection import Projection
 
-_STATE = "loft_fast.client"  # in the context, which Flower keeps from message to message of a run
+_STATE = "loft_fast.client."  # in the context, which Flower keeps from message to message of a run
 
 Fetch = Callable[[Context, float | None], Moments | GroupedMoments]
 Rows = Callable[[Context, str], Moments | GroupedMoments | None]
@@ -43,7 +44,7 @@ def client_app(fetch: Fetch, *, forget: Rows | None = None, receive: Receive | N
     @app.query("moments")
     def moments(message: Message, context: Context) -> Message:
         asked = messages.fields_of(message.content)
-        data = _known(context)
+        data = _read(context)
         if data is None or bool(asked.get("refresh")):
             exact = asked.get("exact")
             data = _keep(context, fetch(context, None if exact is None else float(exact)))
@@ -53,16 +54,16 @@ def client_app(fetch: Fetch, *, forget: Rows | None = None, receive: Receive | N
     def rows(message: Message, context: Context) -> Message:
         asked = messages.fields_of(message.content)
         id = str(asked["id"])
-        kept = context.state.array_records.get(f"{_STATE}.{id}")
+        kept = _read(context, id)
         if kept is not None:  # asked before: the same answer
-            return _answer(message, context, asked, kept["data"].data)
+            return _answer(message, context, asked, kept)
         part = None if forget is None else forget(context, id)
         data = b"" if part is None else part.to_bytes()
-        known = _known(context)
+        known = _read(context)
         if part is not None and known is not None:
             whole = messages.moments_of(known, isinstance(part, GroupedMoments))
             _keep(context, whole - part)  # type: ignore[operator] # both are of one kind
-        context.state[f"{_STATE}.{id}"] = ArrayRecord({"data": _array(data)})
+        _write(context, data, id)
         return _answer(message, context, asked, data)
 
     @app.query("update")
@@ -86,23 +87,30 @@ def _answer(message: Message, context: Context, asked: dict[str, Any], data: byt
     return Message(content if data is None else messages.with_bytes(content, "moments", data), reply_to=message)
 
 
-def _known(context: Context) -> bytes | None:
-    """The moments that were fetched before."""
-    kept = context.state.array_records.get(_STATE)
+def _read(context: Context, id: str = "") -> bytes | None:
+    """The moments that were fetched before, or what a request of this id was answered."""
+    kept = context.state.array_records.get(_STATE + id)
     if kept is not None:
         return kept["data"].data
-    place = context.node_config.get("moments")
-    path = None if place is None else Path(str(place))
+    path = _path(context, id)
     return path.read_bytes() if path is not None and path.exists() else None
+
+
+def _write(context: Context, data: bytes, id: str = "") -> None:
+    context.state[_STATE + id] = ArrayRecord({"data": Array("uint8", (len(data),), "bytes", data)})
+    if (path := _path(context, id)) is not None:
+        files.write_bytes(path, data, 0o600)
+
+
+def _path(context: Context, id: str) -> Path | None:
+    """The node's file, and beside it one for each request."""
+    place = context.node_config.get("moments")
+    if place is None:
+        return None
+    return Path(f"{place}.{hashlib.sha256(id.encode()).hexdigest()[:32]}" if id else str(place))
 
 
 def _keep(context: Context, moments: Moments | GroupedMoments) -> bytes:
     data = moments.to_bytes()
-    context.state[_STATE] = ArrayRecord({"data": _array(data)})
-    if (place := context.node_config.get("moments")) is not None:
-        files.write_bytes(str(place), data, 0o600)
+    _write(context, data)
     return data
-
-
-def _array(data: bytes) -> Array:
-    return Array(dtype="uint8", shape=(len(data),), stype="bytes", data=data)

@@ -9,8 +9,6 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 from tqdm.auto import tqdm
 
-from loft_fast.errors import InputError
-
 _PAUSE = 0.05  # seconds between two looks for answers
 
 
@@ -62,10 +60,3 @@ def ask(
                 break
             time.sleep(_PAUSE)
     return sorted(sent[id] for id in waiting)
-
-
-def check_seconds(name: str, value: float) -> float:
-    """The argument `name`, if it is a number of seconds."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise InputError(f"{name}: got {value!r}, expected seconds, more than 0")
-    return value

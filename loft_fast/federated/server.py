@@ -19,10 +19,10 @@ from loft_fast.errors import FederatedError, FileFormatError, InputError
 from loft_fast.federated import messages
 from loft_fast.federated.answers import Judge
 from loft_fast.federated.archive import Archive, Event, by_key, from_keys
-from loft_fast.federated.rounds import ask, check_seconds, wait_for_nodes
+from loft_fast.federated.rounds import ask, wait_for_nodes
 from loft_fast.grouped_moments import GroupedMoments, Key, plain_keys
-from loft_fast.integer_state import check_exact
 from loft_fast.moments import Moments
+from loft_fast.ops.arguments import check_positive
 from loft_fast.projection import Projection
 from loft_fast.sites import find_site
 
@@ -104,7 +104,7 @@ class MomentsServer:
         if keep == "sum" and exact is None:
             raise InputError("exact: got None with keep='sum', expected a number: floats do not come apart again")
         if norm is not None:
-            check_exact(norm)
+            check_positive("norm", norm)
         if isinstance(max_groups, bool) or not isinstance(max_groups, int) or max_groups < 1:
             raise InputError(f"max_groups: got {max_groups!r}, expected an integer >= 1")
         self._blank: Moments | GroupedMoments = (GroupedMoments if grouped else Moments)(dim, exact=exact)
@@ -188,7 +188,7 @@ class MomentsServer:
             FederatedError: fewer clients than the quorum. The moments are what they were before the round; what was
                 accepted is kept for when the round goes on.
         """
-        check_seconds("timeout", timeout)
+        check_positive("timeout", timeout)
         if quorum is not None and (isinstance(quorum, bool) or not isinstance(quorum, int) or quorum < 1):
             raise InputError(f"quorum: got {quorum!r}, expected an integer >= 1")
         archive, number = self._archive, self._open(refresh)
@@ -262,13 +262,13 @@ class MomentsServer:
         try:
             client = self._judge.sender(node, answer, result.number)
             who = client
-            if client in archive.gone("client"):
+            if archive.is_gone("client", client):
                 result.settled.add(str(node))
                 raise FileFormatError("it was forgotten")
             data = self._judge.data(answer)
             digest = hashlib.sha256(data).hexdigest()
-            known = archive.members(result.number).get(client)
-            if known is not None and known[1] == digest:
+            known = archive.known(result.number, client)
+            if known == digest:
                 result.settled.add(str(node))
                 raise FileFormatError("the same answer again")
             if known is not None:
@@ -295,7 +295,7 @@ class MomentsServer:
         kept = {key: part.to_bytes() for key, part in parts.items()} if self._keep == "clients" else {}
         archive.add_member(round, client, node, digest, moments.count, kept)
         if self._blank.exact is not None:
-            total = archive.total(round)
+            total = archive.total(round, parts)
             for key, part in parts.items():
                 archive.set_total(round, key, total[key] + part if key in total else part)
         if moments.site is not None and self._site is None:
@@ -372,7 +372,7 @@ class MomentsServer:
         """
         if not isinstance(id, str) or not id:
             raise InputError(f"id: got {id!r}, expected a text")
-        check_seconds("timeout", timeout)
+        check_positive("timeout", timeout)
         what = f"{'everything' if everything else 'rows'} of node {node}"
         if self._answered(id, what):
             return self.projection
@@ -438,7 +438,7 @@ class MomentsServer:
 
     def _subtract(self, round: int, parts: dict[str, Moments]) -> None:
         if self._blank.exact is not None:
-            total = self._archive.total(round)
+            total = self._archive.total(round, parts)
             for key, part in parts.items():
                 self._archive.set_total(round, key, total[key] - part)
 
@@ -489,7 +489,7 @@ class MomentsServer:
         projection = self.projection
         if projection is None:
             raise InputError("projection: there is none yet, as nothing was forgotten")
-        check_seconds("timeout", timeout)
+        check_positive("timeout", timeout)
         data = projection.to_bytes()
         weights = None
         if model is not None:

@@ -65,3 +65,9 @@ def largest_magnitude(x: Tensor) -> float:
         bad = int((~torch.isfinite(x)).any(1).sum())
         raise InputError(f"x: {bad} of {len(x)} rows contain NaN or Inf, expected finite features")
     return largest
+
+
+def check_positive(name: str, value: float) -> None:
+    """Refuse an argument `name` that is no finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise InputError(f"{name}: got {value!r}, expected a number above 0")
