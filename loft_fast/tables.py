@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -216,57 +217,73 @@ def _on_ray(
 
 def _collect(parts: Any, grouped: bool, bar: Any = None) -> Moments | GroupedMoments | None:
     """The sum of what comes, as it comes."""
-    from ray.exceptions import RayTaskError
-
     found: Moments | GroupedMoments | None = None
-    try:
-        for batch in parts.iter_batches(batch_size=None, batch_format="pyarrow"):
-            found = _sum(found, batch, grouped)
-            if bar is not None:
-                bar.update(sum(batch.column("rows").to_pylist()))
-    except RayTaskError as error:
-        cause: BaseException | None = error.cause
-        while cause is not None and not isinstance(cause, InputError):
-            cause = cause.__cause__
-        if cause is None:  # the engine's trouble, not the caller's
-            raise
-        raise InputError(str(cause)) from error
+    for batch in parts.iter_batches(batch_size=None, batch_format="pyarrow"):
+        found = _sum(found, batch, grouped)
+        if bar is not None:
+            bar.update(sum(batch.column("rows").to_pylist()))
     return found
 
 
 # ---- what runs where the blocks are ----
 
 
+def _telling(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Bad input becomes a row that says so: Ray would run the task again, and loses what an exception was."""
+
+    @functools.wraps(function)
+    def told(*arguments: Any) -> Any:
+        try:
+            return _table(function(*arguments))
+        except InputError as error:
+            return _table(None, str(error))
+
+    return told
+
+
+@_telling
 def _partial(block: Any, features: Features, group: str | None, exact: float | None) -> Any:
     torch.set_num_threads(1)  # the engine has as many workers as there are cores
-    return _table(_update(None, block, features, group, exact) if block.num_rows else None)
+    return _update(None, block, features, group, exact) if block.num_rows else None
 
 
+@_telling
 def _read_all(items: Any, features: Features, group: str | None, exact: float | None) -> Any:
     torch.set_num_threads(1)
     found: Moments | GroupedMoments | None = None
     for text in items.column("pieces").to_pylist():
         for path, number, _ in json.loads(text):
             found = _read(found, path, number, features, group, exact, threads=False)
-    return _table(found)
+    return found
 
 
+@_telling
 def _merge(block: Any, grouped: bool) -> Any:
-    return _table(_sum(None, block, grouped))
+    return _sum(None, block, grouped)
 
 
 def _sum(found: Moments | GroupedMoments | None, block: Any, grouped: bool) -> Moments | GroupedMoments | None:
-    for data in block.column("moments"):
+    for data, error in zip(block.column("moments"), block.column("error").to_pylist(), strict=True):
+        if error is not None:
+            raise InputError(error)
         part = (GroupedMoments if grouped else Moments).from_bytes(data.as_buffer().to_pybytes())
         found = part if found is None else found.merge(part)  # type: ignore[arg-type] # both are of one kind
     return found
 
 
-def _table(moments: Moments | GroupedMoments | None) -> Any:
+def _table(moments: Moments | GroupedMoments | None, error: str | None = None) -> Any:
     import pyarrow as pa
 
-    data, rows = ([], []) if moments is None else ([moments.to_bytes()], [moments.count])
-    return pa.table({"moments": pa.array(data, pa.large_binary()), "rows": pa.array(rows, pa.int64())})
+    there = moments is not None or error is not None
+    data = [None if moments is None else moments.to_bytes()] if there else []
+    rows = [0 if moments is None else moments.count] if there else []
+    return pa.table(
+        {
+            "moments": pa.array(data, pa.large_binary()),
+            "rows": pa.array(rows, pa.int64()),
+            "error": pa.array([error] if there else [], pa.string()),
+        }
+    )
 
 
 def _update(

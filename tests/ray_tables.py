@@ -47,9 +47,9 @@ def test_errors_of_tasks_are_those_of_one_process(ray, folder, tmp_path):
     x[700, 2] = float("nan")
     parquet.write_table(table(x, labels), tmp_path / "nan.parquet", row_group_size=100)
     for engine in (None, "ray"):
-        with pytest.raises(InputError, match=r"x: .*NaN"):
+        with pytest.raises(InputError, match=r"^x: 1 of \d+ rows contain NaN"):
             tables.parquet_moments(tmp_path, "features", "label", EXACT, engine=engine, progress=False)
-    with pytest.raises(InputError, match=r"x: .*NaN"):
+    with pytest.raises(InputError, match=r"^x: 1 of \d+ rows contain NaN"):
         tables.dataset_moments(ray.data.read_parquet(str(tmp_path)), "features")
     with pytest.raises(InputError, match="dataset: it has no rows"):
         tables.dataset_moments(ray.data.from_items([{"features": [1.0]}]).filter(lambda row: False), "features")
