@@ -55,7 +55,10 @@ def _pays(x: Tensor) -> bool:
 
 
 def _plain(x: Tensor, basis: Tensor, center: Tensor) -> Tensor:
-    return reference.project(x, basis.to(x.dtype), center.to(x.dtype)).to(x.dtype)  # autocast changes it
+    # On a CPU, torch's 16-bit products with an odd number of terms read on into the next row where the processor
+    # multiplies pairs (AMX): a row that is not finite would spoil the one before it.
+    wide = torch.float32 if x.device.type == "cpu" and x.element_size() == 2 else x.dtype
+    return reference.project(x.to(wide), basis.to(wide), center.to(wide)).to(x.dtype)  # autocast changes it
 
 
 @torch.library.custom_op("loft_fast::project", mutates_args=())
