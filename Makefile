@@ -6,12 +6,12 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 # Threads that wait by spinning slow each other down many times over where the cores are shared, as on most CI machines.
 # Benchmarks see what users see: the default.
-demo test test-scale fuzz quality: export OMP_WAIT_POLICY ?= PASSIVE
+demo test test-scale fuzz quality quality-smoke: export OMP_WAIT_POLICY ?= PASSIVE
 
 MEASURE := mkdir -p .benchmarks && $(BIN)/python -m pytest bench --benchmark-only \
 	--benchmark-json=.benchmarks/last.json --benchmark-columns=median,iqr,rounds
 
-.PHONY: help demo test test-scale lint bench bench-check fuzz quality clean
+.PHONY: help demo test test-scale lint bench bench-check fuzz quality quality-smoke clean
 help:            ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
 
@@ -41,10 +41,17 @@ fuzz: .venv/dev  ## random and damaged files for every reader of files (about si
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests/test_fuzz.py
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests/test_store_faults.py -k "foreign or changed"
 
-quality: .venv/dev ## forgetting on real data against the rivals (about an hour)
-	$(PIP) -e '.[quality]'
-	$(BIN)/python -m bench.quality.digits --json bench/quality/results.json
-	$(BIN)/python -m bench.quality.debian_sections --json bench/quality/results.json
+quality: .venv/quality ## every method on every task of every data set; goes on where it was stopped (a day on two cores)
+	$(BIN)/python -m bench.quality.tune
+	$(BIN)/python -m bench.quality.run
+	$(BIN)/python -m bench.quality.page
+
+quality-smoke: .venv/dev ## a few methods on two tasks of one data set (about three minutes)
+	rm -rf .cache/quality/smoke
+	$(BIN)/python -m bench.quality.run --data mnist-5000 --tasks "one class" "random 10%" --originals 0 --seeds 0 \
+		--methods retrain original fine-tune paper ours "ours match" --file .cache/quality/smoke/runs.jsonl
+	$(BIN)/python -m bench.quality.page --runs .cache/quality/smoke/runs.jsonl --out .cache/quality/smoke \
+		--json .cache/quality/smoke/results.json
 
 clean:           ## remove everything that was made
 	rm -rf .venv build dist *.egg-info loft_fast/*.so demo-out .cache .mypy_cache .ruff_cache .pytest_cache
@@ -63,4 +70,8 @@ clean:           ## remove everything that was made
 
 .venv/dev: .venv/base $(INPUTS)
 	$(PIP) -e '.[dev]'
+	@touch $@
+
+.venv/quality: .venv/dev
+	$(PIP) -e '.[quality]'
 	@touch $@

@@ -19,6 +19,7 @@ from loft_fast.errors import (
 from loft_fast.evaluate import Evaluation, evaluate
 from loft_fast.fetch import fetch_moments
 from loft_fast.grouped_moments import GroupedMoments
+from loft_fast.match import match_retrained
 from loft_fast.moments import Moments
 from loft_fast.nested import solve_within
 from loft_fast.privacy import release
@@ -27,6 +28,7 @@ from loft_fast.solver import solve
 from loft_fast.store import UnlearningStore
 from loft_fast.surgery import Attached, attach, fold
 from loft_fast.unlearn import Unlearned, unlearn
+from loft_fast.unseen import Unseen, unseen
 
 __version__ = "0.1.0"
 
@@ -49,13 +51,16 @@ __all__ = [
     "StoreError",
     "Unlearned",
     "UnlearningStore",
+    "Unseen",
     "attach",
     "evaluate",
     "fetch_moments",
     "fold",
+    "match_retrained",
     "release",
     "solve",
     "solve_batch",
     "solve_within",
     "unlearn",
+    "unseen",
 ]

@@ -58,6 +58,7 @@ def test_snippets_run_in_order_and_do_what_their_comments_say(tmp_path, monkeypa
     names = {"model": Net(), "loader": everything, "retrained_model": Net()}
     names |= {"unit_rows": torch.nn.functional.normalize(torch.randn(500, 64))}
     names |= {"retain_loader": parts["retain_train"], "forget_loader": parts["forget_train"]}
+    names["validation_loader"] = rows(2)
     for block in blocks("python"):
         # The one placeholder of the README: four loaders of the reader's own.
         source = re.sub(r'"(\w+)": \.\.\.', r'"\1": parts["\1"]', block)
@@ -65,6 +66,7 @@ def test_snippets_run_in_order_and_do_what_their_comments_say(tmp_path, monkeypa
     shown = capsys.readouterr().out
     assert "no projector below" in shown
     assert "probe_auc=" in shown
+    assert "% of the forgotten rows will be right, by a discriminant at " in shown
     assert names["moments"].keys() == [0, 1, 2, 4, 5, 6, 7]
     assert names["store"].verify(names["receipt"])["groups"] == 7
     at_once = loft_fast.solve(

@@ -1,37 +1,164 @@
-"""What is asked of a classifier whose features were changed: the package's own measures, on rows of features."""
+"""What is asked of a network that was made to forget, next to the one retrained without the rows."""
 
+from __future__ import annotations
+
+import copy
+import math
 from dataclasses import dataclass
+from functools import cached_property
+from statistics import fmean
 
 import torch
-from torch import Tensor, nn
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.neighbors import KNeighborsClassifier
+from torch import Tensor
 
-from loft_fast.evaluate import SETS, Evaluation, Outcome, membership_inference, probe_auc
+from bench.quality.networks import Chain
+from bench.quality.originals import logits
+from bench.quality.problem import Rows, adam, cross_entropy, step
+from loft_fast.evaluate import membership_inference
+
+SETS = ("retain_train", "forget_train", "retain_test", "forget_test")
+PROBE_ROWS = 1500  # a side and set: a probe on more finds the same
+RELEARN_STEPS, RELEARN_BATCH = 60, 64
 
 
 @dataclass(frozen=True)
-class Rows:
-    """One split of the data at the site: features z (n, d), labels y (n,), which of them are to be forgotten (n,)."""
+class Sets:
+    """The rows of one task: to be kept and to be forgotten, trained on and not. `forget_test` may have no rows."""
 
-    z: Tensor
-    y: Tensor
-    forget: Tensor
+    retain_train: Rows
+    forget_train: Rows
+    retain_test: Rows
+    forget_test: Rows
+
+    @cached_property
+    def present(self) -> dict[str, Rows]:
+        """Those with rows."""
+        return {name: getattr(self, name) for name in SETS if len(getattr(self, name))}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One network's log-probabilities (n, classes) of every set, in float64."""
+
+    sets: Sets
+    scores: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, model: Chain, sets: Sets) -> Seen:
+        """Look at all rows once."""
+        return cls(sets, {name: logits(model, rows.x).double().log_softmax(1) for name, rows in sets.present.items()})
+
+    def accuracy(self, name: str) -> float:
+        """Percent."""
+        return 100 * float((self.scores[name].argmax(1) == getattr(self.sets, name).y).double().mean())
+
+    def confidence(self, name: str) -> Tensor:
+        """Probability of the true class, (n,)."""
+        return self.scores[name].gather(1, getattr(self.sets, name).y.unsqueeze(1)).squeeze(1).exp()
+
+    def entropy(self, name: str) -> Tensor:
+        """Of the predicted distribution, in nats, (n,)."""
+        return torch.special.entr(self.scores[name].exp()).sum(1)
+
+    def membership(self, signal: str) -> float:
+        """Percent of the forget rows that an attack on "confidence" or "entropy" takes for training rows."""
+        look = getattr(self, signal)
+        return membership_inference(look("retain_train"), look("retain_test"), look("forget_train"))
+
+    @cached_property
+    def values(self) -> dict[str, float]:
+        """Accuracies, and the attack on the confidence: what the gap is taken over."""
+        return {**{name: self.accuracy(name) for name in self.scores}, "mia": self.membership("confidence")}
+
+
+def gap(seen: Seen, retrained: Seen) -> float:
+    """Mean absolute difference to the retrained network over the accuracies and membership inference, in points."""
+    return fmean(abs(seen.values[name] - retrained.values[name]) for name in seen.values)
+
+
+def likeness(seen: Seen, retrained: Seen) -> dict[str, float]:
+    """How near to the retrained network: gaps in points, agreement in percent, KL in nats, Tug-of-War in [0, 1]."""
+    tests = [name for name in ("retain_test", "forget_test") if name in seen.scores]
+    ours, reference = (torch.cat([one.scores[name] for name in tests]) for one in (seen, retrained))
+    return {
+        **seen.values,
+        "mia_entropy": seen.membership("entropy"),
+        "gap": gap(seen, retrained),
+        "agreement": 100 * float((ours.argmax(1) == reference.argmax(1)).double().mean()),
+        "kl": float(torch.where(reference.isneginf(), 0.0, reference.exp() * (reference - ours)).sum(1).mean()),
+        "tug_of_war": math.prod(1 - abs(seen.values[name] - retrained.values[name]) / 100 for name in seen.scores),
+    }
+
+
+def lira(models: list[Chain], inside: Tensor, rows: Rows, chosen: Tensor, network: Chain) -> float:
+    """Percent of the chosen training rows that look trained on: likelihood ratio of the shadows' logit confidences.
+
+    Args:
+        models: shadows; inside: (shadows, n) bool, the rows of each.
+        chosen: (n,) bool, the rows asked about.
+    """
+    part = rows[chosen]
+    known = torch.stack([_logit_confidence(model, part) for model in models])
+    was_in = inside[:, chosen]
+    own = _logit_confidence(network, part)
+    spread = known.std().clamp_min(1e-6)  # one for all rows: eight shadows a side are too few for one each
+    distance = []
+    for side in (was_in, ~was_in):
+        center = (known * side).sum(0) / side.sum(0)
+        distance.append((own - center).abs() / spread)
+    return 100 * float((distance[0] < distance[1]).double().mean())
+
+
+def _logit_confidence(model: Chain, rows: Rows) -> Tensor:
+    """log(p / (1 - p)) of the true class, (n,)."""
+    scores = logits(model, rows.x).double()
+    true = scores.gather(1, rows.y.unsqueeze(1)).squeeze(1)
+    rest = scores.scatter(1, rows.y.unsqueeze(1), -torch.inf).logsumexp(1)
+    return (true - rest).clamp(-30, 30)
 
 
 @torch.inference_mode()
-def measure(train: Rows, test: Rows, head: nn.Linear) -> Evaluation:
-    """The score of `head` on these features."""
-    seen = {
-        f"{kind}_{split}": _observe(rows, rows.forget == gone, head)
-        for split, rows in (("train", train), ("test", test))
-        for kind, gone in (("retain", False), ("forget", True))
-    }
-    return Evaluation(
-        **{name: outcome.accuracy for name, outcome in seen.items()},
-        mia=membership_inference(*(seen[name].confidence for name in ("retain_train", "retain_test", "forget_train"))),
-        probe_auc=probe_auc(*(seen[name].features for name in SETS)),
-    )
+def probes(model: Chain, sets: Sets) -> list[dict[str, float]]:
+    """For every block, how well a linear and a nearest-neighbour probe tell forget from retain test rows (AUC)."""
+    generator = torch.Generator().manual_seed(0)
+    parts = {}
+    for name, rows in sets.present.items():
+        chosen = torch.randperm(len(rows), generator=generator)[:PROBE_ROWS]
+        parts[name] = model.block_features(rows.x[chosen])
+    found = []
+    for block in range(len(model.blocks)):
+        train, test = (
+            torch.cat([parts[f"retain_{when}"][block], parts[f"forget_{when}"][block]]).double()
+            for when in ("train", "test")
+        )
+        wanted = [
+            [0] * len(parts[f"retain_{when}"][block]) + [1] * len(parts[f"forget_{when}"][block])
+            for when in ("train", "test")
+        ]
+        mean, scale = train.mean(0), train.std().clamp_min(1e-30)
+        fit, held = ((part - mean) / scale for part in (train, test))
+        linear = LogisticRegression(class_weight="balanced", max_iter=200).fit(fit.numpy(), wanted[0])
+        near = KNeighborsClassifier(20).fit(fit.numpy(), wanted[0])
+        found.append(
+            {
+                "linear": float(roc_auc_score(wanted[1], linear.decision_function(held.numpy()))),
+                "neighbours": float(roc_auc_score(wanted[1], near.predict_proba(held.numpy())[:, 1])),
+            }
+        )
+    return found
 
 
-def _observe(rows: Rows, chosen: Tensor, head: nn.Linear) -> Outcome:
-    z = rows.z[chosen]
-    return Outcome(rows.y[chosen], head(z).double().log_softmax(1), torch.empty(0), z.double())
+def relearning(model: Chain, sets: Sets, rate: float, level: float) -> int:
+    """Steps of fine-tuning on the forget rows until the accuracy on them is `level` percent; at most RELEARN_STEPS."""
+    student = copy.deepcopy(model).eval()  # statistics of batch norm stay: the rows are of one kind
+    optimizer = adam(student, rate)
+    generator = torch.Generator().manual_seed(0)
+    rows = sets.forget_train
+    for taken in range(RELEARN_STEPS):
+        if 100 * float((logits(student, rows.x).argmax(1) == rows.y).double().mean()) >= level:
+            return taken
+        step(optimizer, cross_entropy(student, rows[torch.randint(len(rows), (RELEARN_BATCH,), generator=generator)]))
+    return RELEARN_STEPS

@@ -1,48 +1,106 @@
-"""What is to be forgotten: whole sections (classes), or the rows of a few maintainers (a sub-group across classes)."""
+"""What is to be forgotten."""
 
-from collections import Counter, defaultdict
-from typing import NamedTuple
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-TASKS = ("one", "four", "most", "subgroup")
-FOUR, KEPT = ("games", "graphics", "sound", "x11"), 8
-PEOPLE, LARGEST_SHARE = 3, 0.8  # a maintainer with all rows in one section would be a class again
+from bench.quality.data.data import Data
+
+TUNED_AS = {
+    "one class": "several classes",
+    "several classes": "several classes",
+    "extreme": "extreme",
+    "continual": "several classes",
+    "sub-group": "sub-group",
+    "random 1%": "random 10%",
+    "random 10%": "random 10%",
+    "hardest": "random 10%",
+    "mislabelled": "random 10%",
+}
+"""The task on whose held-out rows the settings for a task are searched."""
+TASKS = tuple(TUNED_AS)
+KEPT = 0.2  # share of the classes that stay in the extreme task
+ROUNDS = 10  # of the continual task, one class each; fewer where there are not so many
+GROUP_SHARE = 0.03  # of the rows: sub-groups are taken, largest first, until they are that many
+NOISE = 0.05  # share of the training rows that get a wrong label
 
 
-class Task(NamedTuple):
-    """Which rows go: `train` and `test` are boolean masks, True for a row to forget."""
+@dataclass(frozen=True)
+class Task:
+    """Which rows go.
+
+    Attributes:
+        name: one of TASKS.
+        rounds: (n,) bool for each request, over the training rows; all but "continual" have one.
+        test: (n,) bool over the test rows; None where a row has no kin there.
+        gone: classes of which nothing stays, by request.
+        labels: (n,) labels to train the original with, where they are not the true ones.
+    """
 
     name: str
-    forgets: list[str]
-    train: torch.Tensor
-    test: torch.Tensor
+    rounds: tuple[Tensor, ...]
+    test: Tensor | None
+    gone: tuple[tuple[int, ...], ...]
+    labels: Tensor | None = None
+
+    @property
+    def train(self) -> Tensor:
+        """(n,) bool: the rows that go in all requests together."""
+        return torch.stack(self.rounds).any(0)
+
+    @property
+    def kind(self) -> str:
+        """ "class" or "rows"."""
+        return "class" if self.gone[0] else "rows"
 
 
-def tasks(
-    y_train: torch.Tensor,
-    y_test: torch.Tensor,
-    names: list[str],
-    maintainers_train: list[str],
-    maintainers_test: list[str],
-) -> dict[str, Task]:
-    """one: games; four: four sections; most: all but the smallest eight; subgroup: rows of three large maintainers."""
-    size = Counter(names[label] for label in y_train.tolist())
-    largest = sorted(names, key=lambda name: (-size[name], name))
-    sections = {"one": ["games"], "four": list(FOUR), "most": sorted(largest[:-KEPT])}
-    found = {}
-    for task, gone in sections.items():
-        labels = torch.tensor([names.index(name) for name in gone])
-        found[task] = Task(task, gone, torch.isin(y_train, labels), torch.isin(y_test, labels))
-    people = _spread_maintainers(y_train, maintainers_train)
-    masks = [torch.tensor([one in people for one in rows]) for rows in (maintainers_train, maintainers_test)]
-    return found | {"subgroup": Task("subgroup", people, *masks)}
+def make(name: str, data: Data, hardness: Callable[[], Tensor]) -> Task:
+    """The task on this data. `hardness()`: (n,) of the training rows, larger is harder."""
+    generator = torch.Generator().manual_seed(len(name))
+    order = torch.randperm(data.classes, generator=generator).tolist()
+    if name in ("one class", "several classes", "extreme"):
+        count = {
+            "one class": 1,
+            "several classes": max(2, data.classes // 8),
+            "extreme": round((1 - KEPT) * data.classes),
+        }
+        return _classes(name, data, [tuple(sorted(order[: count[name]]))])
+    if name == "continual":
+        return _classes(name, data, [(label,) for label in order[: min(ROUNDS, data.classes - 2)]])
+    n = len(data.train)
+    if name == "sub-group":
+        groups = _groups(data)
+        return Task(name, (torch.isin(data.group, groups),), torch.isin(data.group_test, groups), ((),))
+    chosen = torch.zeros(n, dtype=torch.bool)
+    if name == "hardest":
+        chosen[hardness().argsort(descending=True)[: n // 10]] = True
+        return Task(name, (chosen,), None, ((),))
+    share = {"random 1%": 0.01, "random 10%": 0.1, "mislabelled": NOISE}[name]
+    chosen[torch.randperm(n, generator=generator)[: round(share * n)]] = True
+    if name != "mislabelled":
+        return Task(name, (chosen,), None, ((),))
+    shift = torch.randint(1, data.classes, (n,), generator=generator)
+    labels = torch.where(chosen, (data.train.y + shift) % data.classes, data.train.y)
+    return Task(name, (chosen,), None, ((),), labels)
 
 
-def _spread_maintainers(y: torch.Tensor, maintainers: list[str]) -> list[str]:
-    """The maintainers with the most rows among those whose largest section holds at most `LARGEST_SHARE` of them."""
-    rows: defaultdict[str, Counter[int]] = defaultdict(Counter)
-    for one, label in zip(maintainers, y.tolist(), strict=True):
-        rows[one][label] += 1
-    spread = [one for one, count in rows.items() if max(count.values()) <= LARGEST_SHARE * count.total()]
-    return sorted(spread, key=lambda one: (-rows[one].total(), one))[:PEOPLE]
+def _classes(name: str, data: Data, requests: list[tuple[int, ...]]) -> Task:
+    everything = torch.tensor([label for labels in requests for label in labels])
+    rounds = tuple(torch.isin(data.train.y, torch.tensor(labels)) for labels in requests)
+    return Task(name, rounds, torch.isin(data.test.y, everything), tuple(requests))
+
+
+def _groups(data: Data) -> Tensor:
+    """Sub-groups that are no classes of their own, largest first, until they make up GROUP_SHARE of the rows."""
+    count = torch.bincount(data.group)
+    of_class = torch.zeros(len(count), data.classes)
+    of_class.index_put_((data.group, data.train.y), torch.ones(len(data.group)), accumulate=True)
+    whole = torch.bincount(data.train.y, minlength=data.classes)
+    usable = (of_class <= 0.8 * whole).all(1) & (count > 0)
+    candidates = torch.where(usable)[0][count[usable].argsort(descending=True, stable=True)]
+    needed = int((count[candidates].cumsum(0) < GROUP_SHARE * len(data.group)).sum()) + 1
+    return candidates[:needed]

@@ -1,0 +1,63 @@
+"""The methods by name, in the order of the tables."""
+
+from bench.quality.methods import (
+    bad_teacher,
+    boundary,
+    delete,
+    esc,
+    fine_tune,
+    gradient_ascent,
+    l2ul,
+    leace,
+    loft,
+    match,
+    negative_gradient,
+    oracle_matching,
+    ours,
+    pbu,
+    pgu,
+    random_labels,
+    rbm,
+    residual_alignment,
+    salun,
+    scissorhands,
+    scrub,
+    ssd,
+    svd,
+    unsir,
+)
+from bench.quality.methods.method import Method
+
+ORIGINAL = Method(lambda problem: problem.copy().eval(), "nothing is done", needs="nothing", random=False)
+
+METHODS: dict[str, Method] = {
+    "original": ORIGINAL,
+    "fine-tune": fine_tune.METHOD,
+    "gradient ascent": gradient_ascent.METHOD,
+    "random labels": random_labels.METHOD,
+    "neggrad+": negative_gradient.METHOD,
+    "scrub": scrub.METHOD,
+    "bad teacher": bad_teacher.METHOD,
+    "unsir": unsir.METHOD,
+    "boundary shrink": boundary.SHRINK,
+    "boundary expand": boundary.EXPAND,
+    "salun": salun.METHOD,
+    "ssd": ssd.METHOD,
+    "l2ul": l2ul.METHOD,
+    "delete": delete.METHOD,
+    "pbu": pbu.METHOD,
+    "scissorhands": scissorhands.METHOD,
+    "pgu": pgu.METHOD,
+    "rbm": rbm.METHOD,
+    "residual alignment": residual_alignment.METHOD,
+    "oracle matching": oracle_matching.METHOD,
+    "esc": esc.METHOD,
+    "esc-t": esc.TRAINED,
+    "svd": svd.METHOD,
+    "leace": leace.METHOD,
+    "paper": loft.METHOD,
+    "ours": ours.METHOD,
+    "ours erase": ours.ERASE,
+    "ours match": match.METHOD,
+}
+RETRAIN, RETRAIN_AGAIN = "retrain", "retrain again"

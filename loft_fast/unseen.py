@@ -1,0 +1,271 @@
+"""What would a model say of rows that it had not been trained on? Foretold from moments, without training one.
+
+A linear discriminant on features from early in the model, fitted to the moments of the retain rows alone, has never
+seen the forget rows; the network in front of it has. How much that helps is known from rows of the retain set that the
+discriminant was not fitted to either, and how sure of itself the model is about rows it never saw, from validation
+rows. Ranks go through the discriminant, sureness comes from the model: a row among the hardest tenth for the one is
+given the confidence that the other has among the hardest tenth of what it has not seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm.auto import tqdm
+
+from loft_fast import batches
+from loft_fast.errors import InputError
+from loft_fast.moments import Moments
+from loft_fast.sites import Site, device_of, evaluating, find_site, unwrap
+
+WIDTH = 2048
+"""Largest number of features a discriminant works on, and how many random ones are tried."""
+
+_SITES = 6  # places to look at, spread over the model
+_FOLD, _FOLD_ROWS = 10, 1000  # every tenth retain row is left out of the fit, as long as that is not more than these
+_SHRINK = 1e-2  # of the mean variance, added to every direction: few rows a dimension
+_SHIFT = 0.3  # of random features, in standard deviations
+
+
+@dataclass(frozen=True)
+class Unseen:
+    """What the forget rows are expected to look like to a model that never saw them.
+
+    Attributes:
+        log_probabilities: (n, classes) float32, in the order of the forget batches.
+        site: where the discriminant reads; random: whether it reads random ReLU features of what is there.
+        accuracy: percent of forget rows expected to be right.
+        validation: percent of validation rows that are right, by the model; discriminant: by the discriminant.
+        contamination: percent of left-out retain rows that are right by the discriminant, less `discriminant`: what
+            the model's having seen them is worth at this site.
+        rows, batches: how many retain rows and batches there were.
+    """
+
+    log_probabilities: Tensor
+    site: str
+    random: bool
+    accuracy: float
+    validation: float
+    discriminant: float
+    contamination: float
+    rows: int
+    batches: int
+
+
+def unseen(
+    model: nn.Module,
+    retain: Iterable[Any],
+    forget: Iterable[Any],
+    validation: Iterable[Any],
+    *,
+    sites: Sequence[str] | None = None,
+    progress: bool = True,
+) -> Unseen:
+    """Foretell what a model trained without the forget rows would say of them; the model is left as it is.
+
+    Args:
+        model: a classifier.
+        retain: loader of (x, y) or dictionaries with labels over the rows to keep; passed over once.
+        forget: the same over the rows to forget.
+        validation: the same over some hundred rows that the model was not trained on.
+        sites: where to look for a discriminant, as for `fetch_moments`; default: what some layers with weights read,
+            spread from the first to the last. Maps and tokens are averaged down to `WIDTH` features.
+        progress: show a progress bar.
+
+    Raises:
+        InputError: a set is empty or has no class labels, or too few classes are left to tell apart.
+    """
+    target = unwrap(model)
+    places = _places(target) if sites is None else [find_site(model, name) for name in sites]
+    candidates = [_Candidate(place, random) for place in places for random in (False, True)]
+    rows = steps = 0
+    for batch in tqdm(retain, desc="retain rows", unit="batch", disable=not progress, leave=False):
+        logits, labels, caught = _look(target, places, batch, "retain")
+        rows, steps = rows + len(labels), steps + 1
+        for candidate in candidates:
+            candidate.add(caught.get(candidate.place), labels, logits.shape[1])
+    held = [_look(target, places, batch, "validation") for batch in validation]
+    if not held:
+        raise InputError("validation: it yielded no batches, expected at least one")
+    labels = torch.cat([part[1] for part in held])
+    known = margins(torch.cat([part[0] for part in held]), labels)
+    fitted = [
+        candidate.fit([part[2][candidate.place] for part in held], labels)
+        for candidate in candidates
+        if candidate.count
+    ]
+    if not fitted:
+        raise InputError("retain: it yielded no rows at any of the sites, expected at least one batch")
+    best = min(fitted, key=lambda one: one.cost)
+    foretold, right = _foretell(best, known, [_look(target, [best.place], batch, "forget") for batch in forget])
+    return Unseen(
+        foretold,
+        str(best.place),
+        best.random,
+        right,
+        _percent(known > 0),
+        best.accuracy,
+        best.contamination,
+        rows,
+        steps,
+    )
+
+
+def margins(logits: Tensor, labels: Tensor) -> Tensor:
+    """log p / (1 - p) of the true class, (n,), in float64."""
+    scores = logits.double()
+    true = scores.gather(1, labels.unsqueeze(1))
+    return true.squeeze(1) - scores.scatter(1, labels.unsqueeze(1), -torch.inf).logsumexp(1)
+
+
+def _foretell(
+    best: _Fitted, known: Tensor, seen: list[tuple[Tensor, Tensor, dict[Site, Tensor]]]
+) -> tuple[Tensor, float]:
+    """Log-probabilities of the forget rows, and what percent of them will be right. known: margins of unseen rows."""
+    if not seen:
+        raise InputError("forget: it yielded no batches, expected at least one")
+    labels = torch.cat([part[1] for part in seen]).unsqueeze(1)
+    scores = torch.cat([best.scores(part[2][best.place]) for part in seen])
+    rank = torch.searchsorted(best.margins, margins(scores, labels.squeeze(1))) / len(best.margins)
+    expected = known.quantile(rank.clamp(0, 1).to(known)).unsqueeze(1)
+    others = scores.scatter(1, labels, -torch.inf).log_softmax(1)
+    foretold = (functional.logsigmoid(-expected) + others).scatter(1, labels, functional.logsigmoid(expected))
+    return foretold.float(), _percent(foretold.argmax(1) == labels.squeeze(1))
+
+
+def _percent(right: Tensor) -> float:
+    return 100 * float(right.double().mean())
+
+
+@torch.inference_mode()
+def _look(model: nn.Module, places: Sequence[Site], raw: Any, name: str) -> tuple[Tensor, Tensor, dict[Site, Tensor]]:
+    """Logits (n, classes), labels (n,), and the features (n, d) at every place that the forward pass reaches."""
+    batch = batches.to_device(raw, device_of(model))
+    labels = batches.labels(batch)
+    if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.is_floating_point():
+        raise InputError(f"{name}: got batches without one class label per row, expected (x, y) or a dict")
+    caught: dict[Site, Tensor] = {}
+
+    def catch(place: Site) -> Any:
+        def see(features: Tensor) -> None:
+            caught[place] = _vectors(place, features, batches.attention_mask(batch))
+
+        return place.hook(see)
+
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        for place in places:
+            stack.callback(catch(place).remove)
+        logits = batches.logits(batches.call(model, batch))
+    if bool(((labels < 0) | (labels >= logits.shape[1])).any()):
+        raise InputError(f"{name}: got labels outside of the model's {logits.shape[1]} outputs")
+    return logits, labels, caught
+
+
+def _vectors(place: Site, features: Tensor, mask: Tensor | None) -> Tensor:
+    """(n, d) with d <= WIDTH where that is to be had by averaging over positions; never a view."""
+    if features.ndim == 4 and place.channel_dim(features) == 1:
+        side = max(1, int((WIDTH / features.shape[1]) ** 0.5))
+        if features[0].numel() > WIDTH:
+            features = functional.adaptive_avg_pool2d(features, side)
+        return features.flatten(1).float().clone()
+    rows = place.channels_last(features).flatten(1, -2) if features.ndim > 2 else features.unsqueeze(1)
+    weight = torch.ones(rows.shape[:2], device=rows.device)
+    if mask is not None and mask.shape == weight.shape:
+        weight = mask.to(weight)
+    return (weight.unsqueeze(1) @ rows.float()).squeeze(1) / weight.sum(1, keepdim=True).clamp_min(1)
+
+
+def _places(model: nn.Module) -> list[Site]:
+    """What layers with a weight matrix read, the first, the last, and some between."""
+    layers = [
+        name for name, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.modules.conv._ConvNd) and name
+    ]
+    if not layers:
+        raise InputError("sites: got None for a model without linear layers and convolutions, expected names")
+    steps = min(_SITES, len(layers))
+    chosen = [layers[round(i * (len(layers) - 1) / max(1, steps - 1))] for i in range(steps)]
+    return [find_site(model, name) for name in chosen]
+
+
+class _Candidate:
+    """A discriminant in the making: class sums, and moments of the rows at one place, or of random features of them."""
+
+    def __init__(self, place: Site, random: bool) -> None:
+        self.place, self.random = place, random
+        self.count, self.seen = 0, 0
+        self.fold: list[tuple[Tensor, Tensor]] = []
+        self.scale: Tensor | None = None
+        self.mix: Tensor | None = None
+
+    def add(self, features: Tensor | None, labels: Tensor, classes: int) -> None:
+        """One batch; a place that the forward pass does not reach is left out, and one too wide for its moments."""
+        if features is None or not len(features) or (features.shape[1] > WIDTH and not self.random):
+            return
+        z = self.read(features)
+        if not self.count:
+            self.moments = Moments(z.shape[1], z.device)
+            self.sums = torch.zeros(classes, z.shape[1], dtype=torch.float64, device=z.device)
+            self.sizes = torch.zeros(classes, dtype=torch.float64, device=z.device)
+        index = torch.arange(self.seen, self.seen + len(z), device=z.device)
+        out = (index % _FOLD == 0) & (index < _FOLD * _FOLD_ROWS)
+        self.seen += len(z)
+        self.fold.append((z[out], labels[out]))
+        z, labels = z[~out], labels[~out]
+        self.count += len(z)
+        self.moments.update(z)
+        self.sums.index_add_(0, labels, z.double())
+        self.sizes += torch.bincount(labels, minlength=classes)
+
+    def read(self, features: Tensor) -> Tensor:
+        """The features, or random ones of them: relu(x W + shift), x in units of their first batch."""
+        if not self.random:
+            return features
+        if self.scale is None or self.mix is None:
+            generator = torch.Generator().manual_seed(0)
+            self.scale = features.std().clamp_min(1e-30)
+            mix = torch.randn(features.shape[1], WIDTH, generator=generator) / features.shape[1] ** 0.5
+            self.mix = mix.to(features)
+        return functional.relu(features / self.scale @ self.mix + _SHIFT)
+
+    def fit(self, validation: list[Tensor], labels: Tensor) -> _Fitted:
+        """The discriminant, and how it fares on rows it has not seen."""
+        present = self.sizes > 0
+        if int(present.sum()) < 2:
+            raise InputError(f"retain: got rows of {int(present.sum())} classes, expected at least two")
+        means = self.sums[present] / self.sizes[present].unsqueeze(1)
+        offsets = means - self.moments.mean
+        within = (self.moments.scatter - offsets.T @ (offsets * self.sizes[present].unsqueeze(1))) / self.count
+        within.diagonal().add_(_SHRINK * within.trace() / len(within))
+        rows = torch.linalg.solve(within, means.T).T
+        weight, bias = torch.zeros_like(self.sums), torch.full_like(self.sizes, -torch.inf)
+        weight[present] = rows
+        bias[present] = (self.sizes[present] / self.count).log() - (rows * means).sum(1) / 2
+        return _Fitted(self, weight, bias, validation, labels)
+
+
+class _Fitted:
+    """A discriminant: where it reads, its margins on rows that the model saw and it did not, and what it is worth."""
+
+    def __init__(
+        self, source: _Candidate, weight: Tensor, bias: Tensor, validation: list[Tensor], labels: Tensor
+    ) -> None:
+        self.place, self.random, self.source = source.place, source.random, source
+        self.weight, self.bias = weight, bias
+        fold, truth = (torch.cat(column) for column in zip(*source.fold, strict=True))
+        left_out = margins(fold.double() @ weight.T + bias, truth)
+        fresh = margins(torch.cat([self.scores(part) for part in validation]), labels)
+        self.margins = left_out.sort().values
+        self.accuracy, self.contamination = _percent(fresh > 0), _percent(left_out > 0) - _percent(fresh > 0)
+        # A place is good if unseen rows are told apart there, and if those that the model saw look no different.
+        self.cost = abs(self.contamination) - self.accuracy
+
+    def scores(self, features: Tensor) -> Tensor:
+        """(n, classes) in float64."""
+        return self.source.read(features).double() @ self.weight.T + self.bias

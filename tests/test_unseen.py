@@ -1,0 +1,207 @@
+"""What a model would say of rows it never saw, and making it say so: memorised noise has to come loose."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from loft_fast import InputError, SiteError, match_retrained, unseen
+from loft_fast.unseen import WIDTH, margins
+
+CLASSES, WIDTH_IN, NOISE = 4, 12, 0.25
+BATCH = 100
+
+
+def rows(n, seed, easy=False):
+    """Four clouds of points; a quarter of the labels are wrong, so that only memory gets them right."""
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.randint(CLASSES, (n,), generator=generator)
+    centers = 2.5 * torch.randn(CLASSES, WIDTH_IN, generator=torch.Generator().manual_seed(0))
+    x = centers[y] + torch.randn(n, WIDTH_IN, generator=generator)
+    wrong = torch.rand(n, generator=generator) < (0 if easy else NOISE)
+    return x, torch.where(wrong, (y + 1) % CLASSES, y)
+
+
+def batches(x, y):
+    return list(zip(x.split(BATCH), y.split(BATCH), strict=True))
+
+
+def network():
+    return nn.Sequential(nn.Linear(WIDTH_IN, 256), nn.ReLU(), nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, CLASSES))
+
+
+def train(x, y, seed):
+    torch.manual_seed(seed)
+    model = network()
+    optimizer = torch.optim.Adam(model.parameters(), lr=4e-3)
+    for _ in range(120):
+        for chosen in torch.randperm(len(x)).split(BATCH):
+            optimizer.zero_grad()
+            functional.cross_entropy(model(x[chosen]), y[chosen]).backward()
+            optimizer.step()
+    return model.eval()
+
+
+def accuracy(model, x, y):
+    return 100 * float((model(x).argmax(1) == y).double().mean())
+
+
+@pytest.fixture(scope="module")
+def memorised():
+    """A network that knows its 1000 rows by heart; the first 100 are to be forgotten."""
+    x, y = rows(1000, seed=1)
+    model = train(x, y, seed=0)
+    assert accuracy(model, x, y) > 97
+    loaders = [batches(x[100:], y[100:]), batches(x[:100], y[:100]), batches(*rows(400, seed=2))]
+    return model, loaders, train(x[100:], y[100:], seed=1)
+
+
+def state(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(model, before):
+    return all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_foretells_what_the_retrained_network_says(memorised):
+    model, loaders, retrained = memorised
+    before = state(model)
+    found = unseen(model, *loaders, progress=False)
+    x, y = loaders[1][0]
+    truth = accuracy(retrained, x, y)
+    assert accuracy(model, x, y) - truth > 25  # else there would be nothing to foretell
+    assert abs(found.accuracy - truth) < 12  # of 100 rows: two standard deviations
+    assert found.log_probabilities.shape == (100, CLASSES)
+    torch.testing.assert_close(found.log_probabilities.exp().sum(1), torch.ones(100))
+    expected, said = (margins(scores, y) for scores in (found.log_probabilities, retrained(x).detach()))
+    ranks = torch.stack([one.argsort().argsort().double() for one in (expected, said)])
+    assert torch.corrcoef(ranks)[0, 1] > 0.35
+    assert (found.rows, found.batches) == (900, 9)
+    assert same(model, before)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_place_where_rows_are_known_by_heart_is_not_chosen(memorised):
+    model, loaders, _ = memorised
+    found = unseen(model, *loaders, progress=False)
+    last = unseen(model, *loaders, sites=["4"], progress=False)
+    assert last.site == "4:input"
+    assert last.contamination > found.contamination + 5
+    assert found.site == "0:input"
+
+
+def test_matching_makes_the_rows_look_unseen_and_keeps_the_others(memorised):
+    model, loaders, retrained = memorised
+    model = copy.deepcopy(model).train()
+    flags = [module.training for module in model.modules()]
+    found = match_retrained(model, *loaders, epochs=30, rate=2e-3, progress=False)
+    assert [module.training for module in model.modules()] == flags
+    assert all(parameter.grad is None for parameter in model.parameters())
+    (x, y), kept = loaders[1][0], [torch.cat(column) for column in zip(*loaders[0], strict=True)]
+    assert abs(accuracy(model, x, y) - found.accuracy) <= 5
+    assert abs(accuracy(model, x, y) - accuracy(retrained, x, y)) < 15
+    assert accuracy(model, *kept) > 92
+
+
+@pytest.mark.parametrize("where", ["forecast", "distillation"])
+def test_an_interruption_leaves_the_model_as_it_was(memorised, where):
+    model, (retain, forget, validation), _ = memorised
+    model = copy.deepcopy(model)
+    before, passes = state(model), iter(range(100))
+
+    class Interrupted:
+        def __iter__(self):
+            for index, batch in enumerate(retain):
+                if index == 5 and next(passes) == (0 if where == "forecast" else 1):
+                    raise KeyboardInterrupt
+                yield batch
+
+    with pytest.raises(KeyboardInterrupt):
+        match_retrained(model, Interrupted(), forget, validation, rate=0.01, progress=False)
+    assert same(model, before)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_bad_input(memorised):
+    model, (retain, forget, validation), _ = memorised
+    before = state(model)
+    one = [(x[y == 0], y[y == 0]) for x, y in retain]
+    outside = [(x, y + CLASSES) for x, y in forget]
+    cases = [
+        ((retain, [], validation), {}, "forget: it yielded no batches"),
+        ((retain, forget, []), {}, "validation: it yielded no batches"),
+        (([], forget, validation), {}, "retain: it yielded no rows"),
+        ((one, forget, validation), {}, "retain: got rows of 1 classes"),
+        ((retain, outside, validation), {}, "forget: got labels outside of the model's 4 outputs"),
+        ((retain, [x for x, _ in forget], validation), {}, "forget: got batches without one class label per row"),
+        ((retain, forget, validation), {"epochs": 0}, "epochs: got 0"),
+        ((retain, forget, validation), {"rate": math.nan}, "rate: got nan"),
+    ]
+    for loaders, options, message in cases:
+        with pytest.raises(InputError, match=message):
+            match_retrained(model, *loaders, progress=False, **options)
+    with pytest.raises(SiteError, match="no module 'nowhere'"):
+        unseen(model, retain, forget, validation, sites=["nowhere"], progress=False)
+    with pytest.raises(InputError, match="sites: got None for a model without"):
+        unseen(nn.Identity(), retain, forget, validation, progress=False)
+    assert same(model, before)
+
+
+class Tokens(nn.Module):
+    """Dictionaries of padded tokens, and a layer that is never reached."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(50, 16)
+        self.never = nn.Linear(3, 3)
+        self.mix = nn.Linear(16, 16)
+        self.fc = nn.Linear(16, 3)
+
+    def forward(self, input_ids, attention_mask):
+        z = self.mix(self.embed(input_ids)) * attention_mask.unsqueeze(-1)
+        return self.fc(z.sum(1) / attention_mask.sum(1, keepdim=True))
+
+
+def test_padded_tokens_do_not_count():
+    torch.manual_seed(0)
+    model = Tokens()
+    ids, y = torch.randint(50, (300, 7)), torch.randint(3, (300,))
+    mask = (torch.arange(7) < torch.randint(2, 8, (300, 1))).long()
+
+    def loaders(ids):
+        whole = [{"input_ids": ids, "attention_mask": mask, "labels": y}]
+        return whole, [{name: part[:20] for name, part in whole[0].items()}], whole
+
+    found = unseen(model, *loaders(ids), progress=False)
+    padded = unseen(model, *loaders(torch.where(mask.bool(), ids, 49)), progress=False)
+    assert torch.equal(found.log_probabilities, padded.log_probabilities)
+    assert found.site in ("mix:input", "fc:input")
+
+
+def test_large_maps_are_averaged_and_batch_norm_stays():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.LazyLinear(3)
+    )
+    x, y = torch.randn(120, 1, 60, 60), torch.randint(3, (120,))
+    model(x[:2])
+    model = model.train()
+    statistics = model[1].running_mean.clone()
+    loaders = [(x[20:], y[20:])], [(x[:20], y[:20])], [(x[:50], y[:50])]
+    assert x[0].numel() > WIDTH
+    found = match_retrained(model, *loaders, epochs=2, progress=False)
+    assert found.log_probabilities.isfinite().all()
+    assert torch.equal(model[1].running_mean, statistics)
+
+
+def test_labels_of_a_class_that_retain_lacks_are_foretold_to_be_wrong(memorised):
+    model, (retain, forget, validation), _ = memorised
+    lacking = [(x[y != 0], y[y != 0]) for x, y in retain]
+    x, y = forget[0]
+    found = unseen(model, lacking, [(x[y == 0], y[y == 0])], validation, progress=False)
+    assert found.accuracy == 0
+    assert not found.log_probabilities.isnan().any()
