@@ -3,12 +3,17 @@
 A linear discriminant on features from early in the model, fitted to the moments of the retain rows alone, has never
 seen the forget rows; the network in front of it has. How much that helps is known from rows of the retain set that the
 discriminant was not fitted to either, and how sure of itself the model is about rows it never saw, from validation
-rows. Ranks go through the discriminant, sureness comes from the model: a row among the hardest tenth for the one is
+rows. Ranks come from the discriminant, sureness from the model: a row that is among the hardest tenth for the one is
 given the confidence that the other has among the hardest tenth of what it has not seen.
+
+Several layers are tried, each with its features and with random ones of them, which tell more apart. A place is good if
+unseen rows are told apart there and those that the model saw look no different. All places about as good as the best
+vote: a few hundred validation rows cannot tell which of them is best.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,10 +30,12 @@ from loft_fast.moments import Moments
 from loft_fast.sites import Site, device_of, evaluating, find_site, unwrap
 
 WIDTH = 2048
-"""Largest number of features a discriminant works on, and how many random ones are tried."""
+"""Largest number of features that a discriminant reads."""
 
 _SITES = 6  # places to look at, spread over the model
-_FOLD, _FOLD_ROWS = 10, 1000  # every tenth retain row is left out of the fit, as long as that is not more than these
+_RANDOM = 2048  # random features of a place
+_AS_GOOD = 1.5  # points of cost: the standard error of an accuracy from some hundred rows
+_FOLD, _FOLD_ROWS = 5, 2000  # every fifth retain row is left out of the fit, as long as that is not more than these
 _SHRINK = 1e-2  # of the mean variance, added to every direction: few rows a dimension
 _SHIFT = 0.3  # of random features, in standard deviations
 
@@ -39,21 +46,18 @@ class Unseen:
 
     Attributes:
         log_probabilities: (n, classes) float32, in the order of the forget batches.
-        site: where the discriminant reads; random: whether it reads random ReLU features of what is there.
         accuracy: percent of forget rows expected to be right.
-        validation: percent of validation rows that are right, by the model; discriminant: by the discriminant.
-        contamination: percent of left-out retain rows that are right by the discriminant, less `discriminant`: what
-            the model's having seen them is worth at this site.
+        validation: percent of validation rows that are right, by the model.
+        sites: where discriminants read, the best first: (site, whether random features of it, percent of validation
+            rows that are right, points by which retain rows left out of its fit do better: what the model's having
+            seen them is worth there).
         rows, batches: how many retain rows and batches there were.
     """
 
     log_probabilities: Tensor
-    site: str
-    random: bool
     accuracy: float
     validation: float
-    discriminant: float
-    contamination: float
+    sites: tuple[tuple[str, bool, float, float], ...]
     rows: int
     batches: int
 
@@ -102,19 +106,11 @@ def unseen(
     ]
     if not fitted:
         raise InputError("retain: it yielded no rows at any of the sites, expected at least one batch")
-    best = min(fitted, key=lambda one: one.cost)
-    foretold, right = _foretell(best, known, [_look(target, [best.place], batch, "forget") for batch in forget])
-    return Unseen(
-        foretold,
-        str(best.place),
-        best.random,
-        right,
-        _percent(known > 0),
-        best.accuracy,
-        best.contamination,
-        rows,
-        steps,
-    )
+    fitted.sort(key=lambda one: one.cost)
+    voters = _Voters([one for one in fitted if one.cost <= fitted[0].cost + _AS_GOOD])
+    foretold, right = _foretell(voters, known, [_look(target, voters.places, batch, "forget") for batch in forget])
+    read = tuple((str(one.place), one.random, one.accuracy, one.contamination) for one in voters.parts)
+    return Unseen(foretold, right, _percent(known > 0), read, rows, steps)
 
 
 def margins(logits: Tensor, labels: Tensor) -> Tensor:
@@ -125,18 +121,17 @@ def margins(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _foretell(
-    best: _Fitted, known: Tensor, seen: list[tuple[Tensor, Tensor, dict[Site, Tensor]]]
+    voters: _Voters, known: Tensor, seen: list[tuple[Tensor, Tensor, dict[Site, Tensor]]]
 ) -> tuple[Tensor, float]:
     """Log-probabilities of the forget rows, and what percent of them will be right. known: margins of unseen rows."""
     if not seen:
         raise InputError("forget: it yielded no batches, expected at least one")
-    labels = torch.cat([part[1] for part in seen]).unsqueeze(1)
-    scores = torch.cat([best.scores(part[2][best.place]) for part in seen])
-    rank = torch.searchsorted(best.margins, margins(scores, labels.squeeze(1))) / len(best.margins)
-    expected = known.quantile(rank.clamp(0, 1).to(known)).unsqueeze(1)
-    others = scores.scatter(1, labels, -torch.inf).log_softmax(1)
-    foretold = (functional.logsigmoid(-expected) + others).scatter(1, labels, functional.logsigmoid(expected))
-    return foretold.float(), _percent(foretold.argmax(1) == labels.squeeze(1))
+    labels = torch.cat([part[1] for part in seen])
+    ranks, others = voters.judge(labels, [part[2] for part in seen])
+    expected = known.quantile(ranks.to(known)).unsqueeze(1)
+    true = labels.unsqueeze(1)
+    foretold = (functional.logsigmoid(-expected) + others).scatter(1, true, functional.logsigmoid(expected))
+    return foretold.float(), _percent(foretold.argmax(1) == labels)
 
 
 def _percent(right: Tensor) -> float:
@@ -230,7 +225,7 @@ class _Candidate:
         if self.scale is None or self.mix is None:
             generator = torch.Generator().manual_seed(0)
             self.scale = features.std().clamp_min(1e-30)
-            mix = torch.randn(features.shape[1], WIDTH, generator=generator) / features.shape[1] ** 0.5
+            mix = torch.randn(features.shape[1], _RANDOM, generator=generator) / features.shape[1] ** 0.5
             self.mix = mix.to(features)
         return functional.relu(features / self.scale @ self.mix + _SHIFT)
 
@@ -259,13 +254,35 @@ class _Fitted:
         self.place, self.random, self.source = source.place, source.random, source
         self.weight, self.bias = weight, bias
         fold, truth = (torch.cat(column) for column in zip(*source.fold, strict=True))
-        left_out = margins(fold.double() @ weight.T + bias, truth)
+        self.left_out = margins(fold.double() @ weight.T + bias, truth)
         fresh = margins(torch.cat([self.scores(part) for part in validation]), labels)
-        self.margins = left_out.sort().values
-        self.accuracy, self.contamination = _percent(fresh > 0), _percent(left_out > 0) - _percent(fresh > 0)
-        # A place is good if unseen rows are told apart there, and if those that the model saw look no different.
-        self.cost = abs(self.contamination) - self.accuracy
+        self.sorted = self.left_out.sort().values
+        self.accuracy, self.contamination = _percent(fresh > 0), _percent(self.left_out > 0) - _percent(fresh > 0)
+        self.cost = max(0.0, self.contamination) - self.accuracy
 
     def scores(self, features: Tensor) -> Tensor:
         """(n, classes) in float64."""
         return self.source.read(features).double() @ self.weight.T + self.bias
+
+    def ranks(self, found: Tensor) -> Tensor:
+        """What share of the left-out rows has smaller margins than these, (n,)."""
+        return torch.searchsorted(self.sorted, found) / len(self.sorted)
+
+
+class _Voters:
+    """Discriminants that are about as good as each other: the mean of their ranks, ranked among the left-out rows."""
+
+    def __init__(self, parts: list[_Fitted]) -> None:
+        self.parts = parts
+        self.places = list(dict.fromkeys(one.place for one in parts))
+        self.sorted = torch.stack([one.ranks(one.left_out) for one in parts]).mean(0).sort().values
+
+    def judge(self, labels: Tensor, features: list[dict[Site, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Ranks (n,) of the rows in [0, 1], and log-probabilities (n, classes) of the classes that are not theirs."""
+        votes, others = [], []
+        for one in self.parts:
+            scores = torch.cat([one.scores(batch[one.place]) for batch in features])
+            votes.append(one.ranks(margins(scores, labels)))
+            others.append(scores.scatter(1, labels.unsqueeze(1), -torch.inf).log_softmax(1))
+        ranks = torch.searchsorted(self.sorted, torch.stack(votes).mean(0)) / len(self.sorted)
+        return ranks, torch.stack(others).logsumexp(0) - math.log(len(others))

@@ -66,7 +66,7 @@ def test_snippets_run_in_order_and_do_what_their_comments_say(tmp_path, monkeypa
     shown = capsys.readouterr().out
     assert "no projector below" in shown
     assert "probe_auc=" in shown
-    assert "% of the forgotten rows will be right, by a discriminant at " in shown
+    assert "% of the forgotten rows will be right, by discriminants at " in shown
     assert names["moments"].keys() == [0, 1, 2, 4, 5, 6, 7]
     assert names["store"].verify(names["receipt"])["groups"] == 7
     at_once = loft_fast.solve(
