@@ -81,7 +81,7 @@ def _distil(
 ) -> None:
     teacher = copy.deepcopy(model)
     parameters = [one for one in model.parameters() if one.requires_grad]
-    optimizer = torch.optim.Adam(parameters, lr=rate)
+    optimizer = torch.optim.Adam(parameters, lr=rate, fused=all(one.is_floating_point() for one in parameters))
     sizes = [len(batches.labels(batch)) for batch in forget]
     targets = list(zip(forget, expected.log_probabilities.split(sizes), strict=True))
     weight = min(1.0, _SHARE * sum(sizes) / expected.rows)

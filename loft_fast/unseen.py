@@ -6,9 +6,9 @@ discriminant was not fitted to either, and how sure of itself the model is about
 rows. Ranks come from the discriminant, sureness from the model: a row that is among the hardest tenth for the one is
 given the confidence that the other has among the hardest tenth of what it has not seen.
 
-Several layers are tried, each with its features and with random ones of them, which tell more apart. A place is good if
-unseen rows are told apart there and those that the model saw look no different. All places about as good as the best
-vote: a few hundred validation rows cannot tell which of them is best.
+Several layers are tried, with random ReLU features of what is there: what is hard for a linear function of the input is
+not what is hard for a network. A place is good if unseen rows are told apart there and those that the model saw look no
+different. All places about as good as the best vote: a few hundred validation rows cannot tell which of them is best.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from loft_fast.moments import Moments
 from loft_fast.sites import Site, device_of, evaluating, find_site, unwrap
 
 WIDTH = 2048
-"""Largest number of features that a discriminant reads."""
+"""How many random features of a place a discriminant reads; maps are averaged down to no more than that first."""
 
 _SITES = 6  # places to look at, spread over the model
-_RANDOM = 2048  # random features of a place
+_LOOK_AFTER, _HOPELESS = 4096, 5.0  # rows, and points of cost: worse places are left out from there on
 _AS_GOOD = 1.5  # points of cost: the standard error of an accuracy from some hundred rows
 _FOLD, _FOLD_ROWS = 5, 2000  # every fifth retain row is left out of the fit, as long as that is not more than these
 _SHRINK = 1e-2  # of the mean variance, added to every direction: few rows a dimension
@@ -48,16 +48,15 @@ class Unseen:
         log_probabilities: (n, classes) float32, in the order of the forget batches.
         accuracy: percent of forget rows expected to be right.
         validation: percent of validation rows that are right, by the model.
-        sites: where discriminants read, the best first: (site, whether random features of it, percent of validation
-            rows that are right, points by which retain rows left out of its fit do better: what the model's having
-            seen them is worth there).
+        sites: where discriminants read, the best first: (site, percent of validation rows that are right, points by
+            which retain rows left out of its fit do better: what the model's having seen them is worth there).
         rows, batches: how many retain rows and batches there were.
     """
 
     log_probabilities: Tensor
     accuracy: float
     validation: float
-    sites: tuple[tuple[str, bool, float, float], ...]
+    sites: tuple[tuple[str, float, float], ...]
     rows: int
     batches: int
 
@@ -87,30 +86,30 @@ def unseen(
     """
     target = unwrap(model)
     places = _places(target) if sites is None else [find_site(model, name) for name in sites]
-    candidates = [_Candidate(place, random) for place in places for random in (False, True)]
+    candidates = [_Candidate(place) for place in places]
+    held = _Held([_look(target, places, batch, "validation") for batch in validation])
     rows = steps = 0
     for batch in tqdm(retain, desc="retain rows", unit="batch", disable=not progress, leave=False):
         logits, labels, caught = _look(target, places, batch, "retain")
         rows, steps = rows + len(labels), steps + 1
         for candidate in candidates:
             candidate.add(caught.get(candidate.place), labels, logits.shape[1])
-    held = [_look(target, places, batch, "validation") for batch in validation]
-    if not held:
-        raise InputError("validation: it yielded no batches, expected at least one")
-    labels = torch.cat([part[1] for part in held])
-    known = margins(torch.cat([part[0] for part in held]), labels)
-    fitted = [
-        candidate.fit([part[2][candidate.place] for part in held], labels)
-        for candidate in candidates
-        if candidate.count
-    ]
+        if rows >= _LOOK_AFTER > rows - len(labels):  # most of the work is for places that are no good
+            candidates = [one.source for one in _best(candidates, held, _HOPELESS)]
+    voters = _Voters(_best(candidates, held, _AS_GOOD))
+    seen = [_look(target, [one.place for one in voters.parts], batch, "forget") for batch in forget]
+    foretold, right = _foretell(voters, held.margins, seen)
+    read = tuple((str(one.place), one.accuracy, one.contamination) for one in voters.parts)
+    return Unseen(foretold, right, _percent(held.margins > 0), read, rows, steps)
+
+
+def _best(candidates: list[_Candidate], held: _Held, within: float) -> list[_Fitted]:
+    """The discriminants, the best first, whose cost is within so many points of its."""
+    fitted = [candidate.fit(held) for candidate in candidates if candidate.count]
     if not fitted:
         raise InputError("retain: it yielded no rows at any of the sites, expected at least one batch")
     fitted.sort(key=lambda one: one.cost)
-    voters = _Voters([one for one in fitted if one.cost <= fitted[0].cost + _AS_GOOD])
-    foretold, right = _foretell(voters, known, [_look(target, voters.places, batch, "forget") for batch in forget])
-    read = tuple((str(one.place), one.random, one.accuracy, one.contamination) for one in voters.parts)
-    return Unseen(foretold, right, _percent(known > 0), read, rows, steps)
+    return [one for one in fitted if one.cost <= fitted[0].cost + within]
 
 
 def margins(logits: Tensor, labels: Tensor) -> Tensor:
@@ -189,19 +188,30 @@ def _places(model: nn.Module) -> list[Site]:
     return [find_site(model, name) for name in chosen]
 
 
-class _Candidate:
-    """A discriminant in the making: class sums, and moments of the rows at one place, or of random features of them."""
+class _Held:
+    """The validation rows: labels (n,), features by place, and the model's margins (n,)."""
 
-    def __init__(self, place: Site, random: bool) -> None:
-        self.place, self.random = place, random
+    def __init__(self, seen: list[tuple[Tensor, Tensor, dict[Site, Tensor]]]) -> None:
+        if not seen:
+            raise InputError("validation: it yielded no batches, expected at least one")
+        self.labels = torch.cat([part[1] for part in seen])
+        self.margins = margins(torch.cat([part[0] for part in seen]), self.labels)
+        self.features = {place: torch.cat([part[2][place] for part in seen]) for place in seen[0][2]}
+
+
+class _Candidate:
+    """A discriminant in the making: class sums and moments of random features at one place."""
+
+    def __init__(self, place: Site) -> None:
+        self.place = place
         self.count, self.seen = 0, 0
         self.fold: list[tuple[Tensor, Tensor]] = []
         self.scale: Tensor | None = None
         self.mix: Tensor | None = None
 
     def add(self, features: Tensor | None, labels: Tensor, classes: int) -> None:
-        """One batch; a place that the forward pass does not reach is left out, and one too wide for its moments."""
-        if features is None or not len(features) or (features.shape[1] > WIDTH and not self.random):
+        """One batch; a place that the forward pass does not reach is left out."""
+        if features is None or not len(features):
             return
         z = self.read(features)
         if not self.count:
@@ -219,17 +229,15 @@ class _Candidate:
         self.sizes += torch.bincount(labels, minlength=classes)
 
     def read(self, features: Tensor) -> Tensor:
-        """The features, or random ones of them: relu(x W + shift), x in units of their first batch."""
-        if not self.random:
-            return features
+        """Random features, (n, WIDTH): relu(x W + shift), x in units of the first batch."""
         if self.scale is None or self.mix is None:
             generator = torch.Generator().manual_seed(0)
-            self.scale = features.std().clamp_min(1e-30)
-            mix = torch.randn(features.shape[1], _RANDOM, generator=generator) / features.shape[1] ** 0.5
+            self.scale = features.square().mean().sqrt().clamp_min(1e-30)
+            mix = torch.randn(features.shape[1], WIDTH, generator=generator) / features.shape[1] ** 0.5
             self.mix = mix.to(features)
         return functional.relu(features / self.scale @ self.mix + _SHIFT)
 
-    def fit(self, validation: list[Tensor], labels: Tensor) -> _Fitted:
+    def fit(self, held: _Held) -> _Fitted:
         """The discriminant, and how it fares on rows it has not seen."""
         present = self.sizes > 0
         if int(present.sum()) < 2:
@@ -237,25 +245,23 @@ class _Candidate:
         means = self.sums[present] / self.sizes[present].unsqueeze(1)
         offsets = means - self.moments.mean
         within = (self.moments.scatter - offsets.T @ (offsets * self.sizes[present].unsqueeze(1))) / self.count
-        within.diagonal().add_(_SHRINK * within.trace() / len(within))
+        within.diagonal().add_((_SHRINK * within.trace() / len(within)).clamp_min(1e-30))  # zero where a layer is dead
         rows = torch.linalg.solve(within, means.T).T
         weight, bias = torch.zeros_like(self.sums), torch.full_like(self.sizes, -torch.inf)
         weight[present] = rows
         bias[present] = (self.sizes[present] / self.count).log() - (rows * means).sum(1) / 2
-        return _Fitted(self, weight, bias, validation, labels)
+        return _Fitted(self, weight, bias, held)
 
 
 class _Fitted:
     """A discriminant: where it reads, its margins on rows that the model saw and it did not, and what it is worth."""
 
-    def __init__(
-        self, source: _Candidate, weight: Tensor, bias: Tensor, validation: list[Tensor], labels: Tensor
-    ) -> None:
-        self.place, self.random, self.source = source.place, source.random, source
+    def __init__(self, source: _Candidate, weight: Tensor, bias: Tensor, held: _Held) -> None:
+        self.place, self.source = source.place, source
         self.weight, self.bias = weight, bias
         fold, truth = (torch.cat(column) for column in zip(*source.fold, strict=True))
         self.left_out = margins(fold.double() @ weight.T + bias, truth)
-        fresh = margins(torch.cat([self.scores(part) for part in validation]), labels)
+        fresh = margins(self.scores(held.features[self.place]), held.labels)
         self.sorted = self.left_out.sort().values
         self.accuracy, self.contamination = _percent(fresh > 0), _percent(self.left_out > 0) - _percent(fresh > 0)
         self.cost = max(0.0, self.contamination) - self.accuracy
@@ -274,7 +280,6 @@ class _Voters:
 
     def __init__(self, parts: list[_Fitted]) -> None:
         self.parts = parts
-        self.places = list(dict.fromkeys(one.place for one in parts))
         self.sorted = torch.stack([one.ranks(one.left_out) for one in parts]).mean(0).sort().values
 
     def judge(self, labels: Tensor, features: list[dict[Site, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -90,7 +90,7 @@ def test_a_place_where_rows_are_known_by_heart_is_not_chosen(memorised):
     found = unseen(model, *loaders, progress=False)
     last = unseen(model, *loaders, sites=["4"], progress=False)
     assert {site for site, *_ in last.sites} == {"4:input"}
-    assert last.sites[0][3] > found.sites[0][3] + 5
+    assert last.sites[0][2] > found.sites[0][2] + 5
     assert {site for site, *_ in found.sites} == {"0:input"}
 
 
@@ -205,3 +205,12 @@ def test_labels_of_a_class_that_retain_lacks_are_foretold_to_be_wrong(memorised)
     found = unseen(model, lacking, [(x[y == 0], y[y == 0])], validation, progress=False)
     assert found.accuracy == 0
     assert not found.log_probabilities.isnan().any()
+
+
+def test_a_dead_layer_is_no_error():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3))
+    model[0].bias.data -= 100  # all zero behind it
+    x, y = torch.randn(60, 5), torch.randint(3, (60,))
+    loaders = [(x[20:], y[20:])], [(x[:20], y[:20])], [(x[:10], y[:10])]
+    assert unseen(model, *loaders, sites=["2"], progress=False).log_probabilities.exp().sum(1).allclose(torch.ones(20))
