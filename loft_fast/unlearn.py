@@ -84,6 +84,10 @@ def unlearn(
     kept = _moments("retain", model, retain, str(place), progress)
     clock.lap("moments")
     head = predicting_head(model, place, kept, gone) if rank is None else None
+    if head is not None and isinstance(kept, GroupedMoments) and isinstance(gone, GroupedMoments):
+        shared = [key for key in gone if key in kept]
+        if shared:
+            log.warning("forget: %d of its classes have rows to retain, too: see match_retrained", len(shared))
     projection = solve(kept, gone, rank, about, head, erase=erase)
     projection.site = str(place)
     clock.lap("solve")

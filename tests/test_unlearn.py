@@ -159,6 +159,14 @@ def test_language_model_keeps_one_matrix_a_set(labelled):
 # ---- where the rank comes from ----
 
 
+def test_rows_within_classes_are_warned_about(caplog):
+    with caplog.at_level(logging.WARNING, "loft_fast"):
+        unlearn(build(Classes))
+        assert not caplog.records
+        unlearn(build(Classes), forget=rows_of([1, 2], seed=1))
+    assert "forget: 1 of its classes have rows to retain, too: see match_retrained" in caplog.text
+
+
 def test_last_layer_predicts(caplog):
     with caplog.at_level(logging.INFO, "loft_fast"):
         predicted = unlearn(build(Classes)).projection.certificate.predicted

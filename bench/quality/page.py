@@ -37,6 +37,7 @@ LEGEND = (
     "nearest-neighbour probe finds, after any block, than in the retrained network. KL: from the retrained network's "
     "predictions on test rows, in nats. ToW: tug of war, 1 for a network like the retrained one. Seconds: all that a "
     "method needs, passes over the data included; on the continual task those of all requests, next to one retraining. "
+    "Once moments exist: the same without what can be there before a request comes. "
     "Bytes: of the tensors that change.",
 )
 OVERVIEW_NOTE = (

@@ -40,6 +40,7 @@ class Problem:
         seed: of whatever a method draws at random.
         build: (classes) -> a network of this architecture with random weights.
         oracle: the network retrained without the forget rows, only for the method that measures against the ideal.
+        prepared: seconds spent on what can be there before a request comes, such as moments of all rows by class.
         touched: rows looked at so far, every pass counted, by part.
     """
 
@@ -54,6 +55,7 @@ class Problem:
     seed: int
     build: Callable[[int], nn.Module]
     oracle: nn.Module | None = None
+    prepared: float = 0.0
     touched: dict[str, int] = field(default_factory=lambda: {"retain": 0, "forget": 0, "validation": 0})
 
     def __post_init__(self) -> None:

@@ -22,7 +22,7 @@ ORDER = (RETRAIN, RETRAIN_AGAIN, *METHODS)
 NO_RIVALS = (RETRAIN, RETRAIN_AGAIN, "original", "oracle matching")  # the last is told what the retrained network says
 MEANS = (
     *("retain_train", "forget_train", "retain_test", "forget_test", "mia", "mia_entropy", "agreement", "kl"),
-    *("tug_of_war", "seconds", "touched", "bytes", "peak_mib", "relearn", "lira"),
+    *("tug_of_war", "seconds", "request_seconds", "touched", "bytes", "peak_mib", "relearn", "lira"),
 )
 
 Row = dict[str, Any]

@@ -43,7 +43,8 @@ def task_table(rows: list[Row]) -> Table:
         "relearn": _numbers(rows, "relearn", ".0f"),
         "KL": _numbers(rows, "kl", ".3f"),
         "ToW": _numbers(rows, "tug_of_war", ".3f"),
-        "seconds": [_seconds(row) for row in rows],
+        "seconds": [_seconds(row, "seconds") for row in rows],
+        "once moments exist": [_seconds(row, "request_seconds") for row in rows],
         "times faster than retraining": [_faster(row) for row in rows],
         "bytes": [_bytes(row["bytes"]) for row in rows],
     }
@@ -79,13 +80,14 @@ def _pair(row: Row, part: str) -> str:
     return f"{retain} / {forget}" if forget != "-" else retain
 
 
-def _seconds(row: Row) -> str:
-    return "-" if row["seconds"] is None else short(row["seconds"])
+def _seconds(row: Row, key: str) -> str:
+    return "-" if row.get(key) is None else short(row[key])
 
 
 def _faster(row: Row) -> str:
-    known = row["retrain_seconds"] and row["seconds"] and row["touched"]  # nothing is touched where nothing is done
-    return short(row["retrain_seconds"] / row["seconds"]) if known else "-"
+    seconds = row.get("request_seconds") or row["seconds"]
+    known = row["retrain_seconds"] and seconds and row["touched"]  # nothing is touched where nothing is done
+    return short(row["retrain_seconds"] / seconds) if known else "-"
 
 
 def _bytes(value: float | None) -> str:

@@ -58,6 +58,7 @@ METHODS: dict[str, Method] = {
     "paper": loft.METHOD,
     "ours": ours.METHOD,
     "ours erase": ours.ERASE,
+    "ours blocks": ours.BLOCKS,
     "ours match": match.METHOD,
 }
 RETRAIN, RETRAIN_AGAIN = "retrain", "retrain again"

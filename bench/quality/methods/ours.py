@@ -1,14 +1,17 @@
-"""This package, as it comes: affine, certified, angle and rank found from moments and head."""
+"""This package for classes, as it comes: affine, certified, angle and rank found from moments and head."""
 
 from __future__ import annotations
 
-from torch import nn
+import time
+from collections.abc import Iterator
+
+from torch import Tensor, nn
 
 from bench.quality.methods.loft import moments
-from bench.quality.methods.method import Method
+from bench.quality.methods.method import Method, classes_only
 from bench.quality.networks import with_map
 from bench.quality.problem import Problem
-from loft_fast import solve
+from loft_fast import fetch_moments, solve
 
 
 def run(problem: Problem) -> nn.Module:
@@ -21,5 +24,48 @@ def erase(problem: Problem) -> nn.Module:
     return with_map(problem.copy(), solve(*moments(problem), head=problem.original.fc, erase=True))
 
 
+def blocks(problem: Problem, *, angle: float) -> nn.Module:
+    """Before that, the features behind every earlier block are projected at this angle, one block after another.
+
+    Its own moments for every block, since a projection changes what comes after it.
+    """
+    model = problem.copy().eval()
+    for index in range(len(model.blocks) - 1):
+        start = time.perf_counter()
+        site = f"blocks.{index}:output"
+        parts = [
+            fetch_moments(model, _pairs(problem, part), site, "label", progress=False) for part in ("retain", "forget")
+        ]
+        problem.prepared += time.perf_counter() - start
+        model.blocks[index] = nn.Sequential(model.blocks[index], Channels(solve(*parts, angle=angle)))
+    problem.original = model
+    return run(problem)
+
+
+def _pairs(problem: Problem, part: str) -> Iterator[tuple[Tensor, Tensor]]:
+    return ((rows.x, rows.y) for rows in problem.batches(part, size=1000))
+
+
+class Channels(nn.Module):
+    """A map of features (n, d), tokens (n, t, d), or the channels of maps (n, d, h, w)."""
+
+    def __init__(self, change: nn.Module):
+        super().__init__()
+        self.change = change
+
+    def forward(self, z: Tensor) -> Tensor:
+        """The same shape."""
+        return self.change(z.movedim(1, -1)).movedim(-1, 1) if z.ndim == 4 else self.change(z)
+
+
 METHOD = Method(run, "this package", needs="moments of the features", random=False, cumulative=True)
 ERASE = Method(erase, "this package, erase=True", needs="moments of the features", random=False, cumulative=True)
+BLOCKS = Method(
+    blocks,
+    "this package, at every block",
+    needs="moments of the features of every block",
+    search={"angle": (0.2, 0.1, 0.3)},
+    random=False,
+    cumulative=True,
+    applies=classes_only,
+)
