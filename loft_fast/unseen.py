@@ -35,7 +35,7 @@ WIDTH = 2048
 _SITES = 6  # places to look at, spread over the model
 _LOOK_AFTER, _HOPELESS = 4096, 5.0  # rows, and points of cost: worse places are left out from there on
 _AS_GOOD = 1.5  # points of cost: the standard error of an accuracy from some hundred rows
-_FOLD, _FOLD_ROWS = 5, 2000  # every fifth retain row is left out of the fit, as long as that is not more than these
+_FOLD, _FOLD_ROWS = 5, 10_000  # every fifth of so many retain rows is left out of the fit, and fewer later on
 _SHRINK = 1e-2  # of the mean variance, added to every direction: few rows a dimension
 _SHIFT = 0.3  # of random features, in standard deviations
 
@@ -94,7 +94,8 @@ def unseen(
         rows, steps = rows + len(labels), steps + 1
         for candidate in candidates:
             candidate.add(caught.get(candidate.place), labels, logits.shape[1])
-        if rows >= _LOOK_AFTER > rows - len(labels):  # most of the work is for places that are no good
+        # Most of the work is for places that are no good. A loader may be sorted by class, though.
+        if rows >= _LOOK_AFTER > rows - len(labels) and all(one.knows(held.labels) for one in candidates if one.count):
             candidates = [one.source for one in _best(candidates, held, _HOPELESS)]
     voters = _Voters(_best(candidates, held, _AS_GOOD))
     seen = [_look(target, [one.place for one in voters.parts], batch, "forget") for batch in forget]
@@ -218,8 +219,7 @@ class _Candidate:
             self.moments = Moments(z.shape[1], z.device)
             self.sums = torch.zeros(classes, z.shape[1], dtype=torch.float64, device=z.device)
             self.sizes = torch.zeros(classes, dtype=torch.float64, device=z.device)
-        index = torch.arange(self.seen, self.seen + len(z), device=z.device)
-        out = (index % _FOLD == 0) & (index < _FOLD * _FOLD_ROWS)
+        out = _left_out(torch.arange(self.seen, self.seen + len(z), device=z.device))
         self.seen += len(z)
         self.fold.append((z[out], labels[out]))
         z, labels = z[~out], labels[~out]
@@ -237,6 +237,10 @@ class _Candidate:
             self.mix = mix.to(features)
         return functional.relu(features / self.scale @ self.mix + _SHIFT)
 
+    def knows(self, labels: Tensor) -> bool:
+        """Whether there were rows of all these classes."""
+        return bool((self.sizes[labels] > 0).all())
+
     def fit(self, held: _Held) -> _Fitted:
         """The discriminant, and how it fares on rows it has not seen."""
         present = self.sizes > 0
@@ -251,6 +255,12 @@ class _Candidate:
         weight[present] = rows
         bias[present] = (self.sizes[present] / self.count).log() - (rows * means).sum(1) / 2
         return _Fitted(self, weight, bias, held)
+
+
+def _left_out(index: Tensor) -> Tensor:
+    """Which rows are kept out of the fit: every fifth of the first ten thousand, then 500 for each doubling."""
+    octave = (index / _FOLD_ROWS).clamp_min(1).log2().floor()
+    return index % torch.where(index < _FOLD_ROWS, _FOLD, 4 * _FOLD * 2**octave) == 0
 
 
 class _Fitted:

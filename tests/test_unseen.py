@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from loft_fast import InputError, SiteError, match_retrained, unseen
-from loft_fast.unseen import WIDTH, margins
+from loft_fast.unseen import WIDTH, _left_out, margins
 
 CLASSES, WIDTH_IN, NOISE = 4, 12, 0.25
 BATCH = 100
@@ -143,7 +144,7 @@ def test_bad_input(memorised):
     ]
     for loaders, options, message in cases:
         with pytest.raises(InputError, match=message):
-            match_retrained(model, *loaders, progress=False, **options)
+            match_retrained(model, *loaders, progress=False, **({"rate": 1e-3} | options))
     with pytest.raises(SiteError, match="no module 'nowhere'"):
         unseen(model, retain, forget, validation, sites=["nowhere"], progress=False)
     with pytest.raises(InputError, match="sites: got None for a model without"):
@@ -193,7 +194,7 @@ def test_large_maps_are_averaged_and_batch_norm_stays():
     statistics = model[1].running_mean.clone()
     loaders = [(x[20:], y[20:])], [(x[:20], y[:20])], [(x[:50], y[:50])]
     assert x[0].numel() > WIDTH
-    found = match_retrained(model, *loaders, epochs=2, progress=False)
+    found = match_retrained(model, *loaders, rate=1e-3, epochs=2, progress=False)
     assert found.log_probabilities.isfinite().all()
     assert torch.equal(model[1].running_mean, statistics)
 
@@ -214,3 +215,22 @@ def test_a_dead_layer_is_no_error():
     x, y = torch.randn(60, 5), torch.randint(3, (60,))
     loaders = [(x[20:], y[20:])], [(x[:20], y[:20])], [(x[:10], y[:10])]
     assert unseen(model, *loaders, sites=["2"], progress=False).log_probabilities.exp().sum(1).allclose(torch.ones(20))
+
+
+def test_rows_left_out_are_spread_over_any_number_of_rows():
+    out = _left_out(torch.arange(200_000))
+    assert out[:10_000].sum() == 2000
+    for start in (10_000, 20_000, 40_000, 80_000):
+        chosen = torch.where(out[start : 2 * start])[0]
+        assert len(chosen) == 500
+        assert set(chosen.diff().tolist()) == {start // 500}
+
+
+def test_a_sorted_loader_does_not_decide_on_its_first_class(memorised, monkeypatch):
+    model, (retain, forget, validation), _ = memorised
+    monkeypatch.setattr(sys.modules["loft_fast.unseen"], "_LOOK_AFTER", 100)
+    x, y = (torch.cat(column) for column in zip(*retain, strict=True))
+    order = y.argsort(stable=True)
+    found = unseen(model, batches(x[order], y[order]), forget, validation, progress=False)
+    assert {site for site, *_ in found.sites} == {"0:input"}
+    assert found.rows == len(x)

@@ -48,6 +48,8 @@ def task_table(rows: list[Row]) -> Table:
         "times faster than retraining": [_faster(row) for row in rows],
         "bytes": [_bytes(row["bytes"]) for row in rows],
     }
+    if len({row["runs"] for row in rows}) > 1:  # not all of them are done
+        columns["runs"] = [str(row["runs"]) for row in rows]
     kept = {title: cells for title, cells in columns.items() if set(cells) != {"-"}}
     return list(kept), [list(cells) for cells in zip(*kept.values(), strict=True)]
 
