@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from bench.quality.layers import _attended, layer_inputs
 from bench.quality.methods import METHODS
+from bench.quality.methods.scrub import disagreement
 from bench.quality.networks import cnn, features, linear_map, resnet, vit, with_map
 from bench.quality.problem import Problem, Rows
 from bench.quality.training import Recipe, train
@@ -40,6 +41,7 @@ SETTINGS = {
     "paper": {"rank": 1.0, "rate": 0.1},
     "ours": {},
     "ours erase": {},
+    "ours blocks": {"angle": 0.2},
 }
 """Of the methods that forget a class of the small network, by settings from their grids with which they do."""
 OTHERS = {"original", "fine-tune", "scrub", "boundary expand", "ssd", "ours match"}
@@ -142,22 +144,23 @@ def make(network):
 
 @pytest.fixture(scope="module")
 def after(make):
-    """(name, kind) -> the problem after the method, and the network it left; every method runs once."""
+    """(name, kind) -> problem and original after the method, and the network it left; every method runs once."""
 
     @functools.cache
     def after(name, kind):
         problem = make(kind)
-        return problem, run(name, problem, **short(name))
+        original = problem.original
+        return problem, original, run(name, problem, **short(name))
 
     return after
 
 
-def check_untouched(problem, network):
+def check_untouched(original, network):
     """The original is what it was when the method got it."""
-    assert same_bits(problem.original, network)
-    assert [p.requires_grad for p in problem.original.parameters()] == [p.requires_grad for p in network.parameters()]
-    assert all(p.grad is None for p in problem.original.parameters())
-    assert not any(part.training for part in problem.original.modules())
+    assert same_bits(original, network)
+    assert [p.requires_grad for p in original.parameters()] == [p.requires_grad for p in network.parameters()]
+    assert all(p.grad is None for p in original.parameters())
+    assert not any(part.training for part in original.modules())
 
 
 def check_usable(model, x, classes):
@@ -171,46 +174,45 @@ def check_usable(model, x, classes):
 
 @every_case
 def test_original_stays(after, network, name, kind):
-    problem, _ = after(name, kind)
-    check_untouched(problem, network)
+    _, original, _ = after(name, kind)
+    check_untouched(original, network)
 
 
 @every_case
 def test_leaves_a_network(after, name, kind):
-    problem, model = after(name, kind)
-    assert model is not problem.original
+    _, original, model = after(name, kind)
+    assert model is not original
     check_usable(model, TEST.x, CLASSES)
 
 
 @every_case
 def test_only_the_one_that_does_nothing_changes_nothing(after, network, name, kind):
-    changed = not torch.equal(after(name, kind)[1](TRAIN.x), network(TRAIN.x))
+    changed = not torch.equal(after(name, kind)[2](TRAIN.x), network(TRAIN.x))
     assert changed == (name != "original")
 
 
 @every_case
 def test_seeds(after, make, name, kind):
     """The same seed gives the same network; another gives another, where the method says that it is random."""
-    found = after(name, kind)[1](TEST.x)
+    found = after(name, kind)[2](TEST.x)
     assert torch.equal(run(name, make(kind), **short(name))(TEST.x), found)
     other = run(name, make(kind, seed=1), **short(name))(TEST.x)
-    if METHODS[name].random:
-        assert not torch.allclose(other, found, rtol=0, atol=1e-4)
-    else:  # rows that come in another order are summed in another order
-        assert torch.allclose(other, found, rtol=0, atol=1e-3)
+    # Rows that come in another order are summed in another order (measured: 2e-6; 1e-2 at least for what is random).
+    assert torch.allclose(other, found, rtol=0, atol=1e-4) != METHODS[name].random
 
 
 @every_case
 def test_counts_the_rows_looked_at(after, name, kind):
-    problem, _ = after(name, kind)
+    problem, _, _ = after(name, kind)
     retain, forget, validation = (problem.touched[part] for part in ("retain", "forget", "validation"))
     needs = METHODS[name].needs
     assert (validation > 0) == ("validation" in needs)
     assert (retain > 0) == (needs != "nothing" and needs not in FORGET_ALONE)
     assert (forget > 0) == (needs not in ("nothing", "retain rows"))
-    if needs in ("moments of the features", "features of all rows"):
-        assert (retain, forget) == (len(problem.retain), len(problem.forget))
-    assert (problem.prepared > 0) == (needs == "moments of the features")
+    passes = {"moments of the features": 1, "features of all rows": 1, "moments of the features of every block": 3}
+    if needs in passes:
+        assert (retain, forget) == (passes[needs] * len(problem.retain), passes[needs] * len(problem.forget))
+    assert (problem.prepared > 0) == needs.startswith("moments")
 
 
 ALONE = [(name, kind) for name, kind in CASES if METHODS[name].needs in (*FORGET_ALONE, "retain rows", "nothing")]
@@ -226,7 +228,7 @@ def test_looks_only_at_what_it_says(after, make, name, kind):
         problem.forget = Rows(torch.full_like(problem.forget.x, torch.nan), problem.forget.y)
     problem.validation = problem.oracle = None
     found = run(name, problem, **short(name))(TEST.x)
-    assert torch.equal(found, after(name, kind)[1](TEST.x))
+    assert torch.equal(found, after(name, kind)[2](TEST.x))
 
 
 def test_every_method_is_meant_for_something():
@@ -248,11 +250,21 @@ def test_forgets_a_class(make, name):
 
 def test_dampening_makes_no_weight_larger(after, network):
     """SSD on so small a network takes other classes along: what it promises is that it only shrinks."""
-    problem, model = after("ssd", "class")
+    problem, _, model = after("ssd", "class")
     for old, new in zip(network.parameters(), model.parameters(), strict=True):
         assert bool((new.abs() <= old.abs()).all())
         assert bool((new * old >= 0).all())
     assert accuracy(model, problem.forget) < 0.5 * accuracy(model, problem.retain)
+
+
+def test_disobeys_on_the_forget_rows_alone(make):
+    """SCRUB starts where its ascent has no slope: rounding says whether the class goes, but not that it moves."""
+    problem = make("class")
+    model = run("scrub", problem, epochs=3, ascents=2, rate=0.1, parts=4)
+    retain, forget = (float(disagreement(problem, model, rows.x).detach()) for rows in (problem.retain, problem.forget))
+    assert forget > 0.5  # measured: 1.1 or 18
+    assert forget > 3 * retain  # measured: 10 or 5 times
+    assert accuracy(model, problem.retain) > 0.9
 
 
 def test_expanding_drops_the_shadow_class(make):
@@ -270,7 +282,7 @@ def test_expanding_drops_the_shadow_class(make):
 @pytest.mark.parametrize("name", WITHOUT_TRAINING)
 def test_a_map_before_the_head_is_all(after, network, name):
     """The network is the original up to the map, and the head is the original's."""
-    _, model = after(name, "class")
+    _, _, model = after(name, "class")
     assert same_bits(model.fc, network.fc)
     *early, last = model.blocks
     assert same_bits(nn.Sequential(*early, last[0]), network.blocks)
@@ -288,7 +300,7 @@ def test_salient_weights_alone_change(make):
 
 
 def test_projected_steps_leave_biases(after, network):
-    _, model = after("pgu", "class")
+    _, _, model = after("pgu", "class")
     for (name, old), new in zip(network.named_parameters(), model.parameters(), strict=True):
         assert torch.equal(new, old) == (old.ndim == 1), name
 
@@ -330,8 +342,9 @@ def test_other_architectures(others, architecture, name):
     kind = "class" if meant_for(name, "class") else "rows"
     forgotten = rows.y == GONE if kind == "class" else torch.arange(len(rows)) % 4 < 1
     problem = problem_of(network, network, rows, forgotten, kind, recipe=recipe)
+    original = problem.original
     model = run(name, problem, **short(name))
-    check_untouched(problem, network)
+    check_untouched(original, network)
     check_usable(model, rows.x, 2)
     if METHODS[name].needs in FORGET_ALONE:  # statistics of these rows are not those of all
         old, new = (dict(one.named_buffers()).values() for one in (network, model))

@@ -23,7 +23,7 @@ from loft_fast.plots import COLORS
 FLOOR, CEILING = 0.01, 100.0  # of the axis of gaps, in points; what is below is drawn at its end
 TICKS = {0.01: "≤ 0.01", 0.1: "0.1", 1: "1", 10: "10", 100: "100"}
 INK, OTHER, NOISE = "#222222", "#7a8fa6", "#D55E00"
-HUES = {**COLORS, "ours match": COLORS["ours"], RETRAIN_AGAIN: NOISE}
+HUES = {**COLORS, "ours match": COLORS["ours"], "ours blocks": COLORS["ours"], RETRAIN_AGAIN: NOISE}
 TITLES = {"class": "Classes to forget", "rows": "Rows to forget"}
 SCATTERED = {"class": "several classes", "rows": "random 10%"}
 DPI = 130

@@ -1,7 +1,8 @@
 """Retention-based masking: keep only the weights that matter to the retain rows (Ding et al. 2024, arXiv 2410.03833).
 
 Fine-tuning starts from mask * original, the mask holding the top share of |gradient of CE(retain)|: what the forget
-rows left in the other weights, and fine-tuning would not touch, is gone.
+rows left in the other weights, and fine-tuning would not touch, is gone. From the paper's abstract and summaries of it:
+the share that is kept is ours.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 With f + r the features that the original f and low-rank additions to the backbone's matrices make:
 |r|^2 after every block on the retain rows + shift * |f + r - mean retain f|^2 before the head on the forget rows.
+From the paper's abstract: the form of both losses is ours.
 """
 
 from __future__ import annotations
