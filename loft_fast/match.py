@@ -57,15 +57,20 @@ def match_retrained(
     check_positive("rate", rate)
     if not isinstance(epochs, int) or epochs < 1:
         raise InputError(f"epochs: got {epochs!r}, expected a whole number of at least 1")
+    if iter(retain) is retain:
+        raise InputError(f"retain: got a {type(retain).__name__}, expected a loader that can be passed over again")
+    target = unwrap(model)
+    if not any(one.requires_grad for one in target.parameters()):
+        raise InputError("model: got one without a parameter that requires a gradient, expected something to train")
     kept = list(forget)
     expected = unseen(model, retain, kept, validation, sites=sites, progress=progress)
-    target = unwrap(model)
     before = copy.deepcopy(target.state_dict())
     try:
         with evaluating(target), torch.inference_mode(False), torch.enable_grad():
             _distil(target, retain, kept, expected, epochs, rate, progress)
     except BaseException:
         target.load_state_dict(before)
+        target.zero_grad()
         raise
     return expected
 

@@ -139,12 +139,16 @@ def test_bad_input(memorised):
         ((one, forget, validation), {}, "retain: got rows of 1 classes"),
         ((retain, outside, validation), {}, "forget: got labels outside of the model's 4 outputs"),
         ((retain, [x for x, _ in forget], validation), {}, "forget: got batches without one class label per row"),
+        ((iter(retain), forget, validation), {}, "retain: got a list_iterator, expected a loader that can be passed"),
         ((retain, forget, validation), {"epochs": 0}, "epochs: got 0"),
         ((retain, forget, validation), {"rate": math.nan}, "rate: got nan"),
     ]
     for loaders, options, message in cases:
         with pytest.raises(InputError, match=message):
             match_retrained(model, *loaders, progress=False, **({"rate": 1e-3} | options))
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    with pytest.raises(InputError, match="model: got one without a parameter that requires a gradient"):
+        match_retrained(frozen, retain, forget, validation, rate=1e-3, progress=False)
     with pytest.raises(SiteError, match="no module 'nowhere'"):
         unseen(model, retain, forget, validation, sites=["nowhere"], progress=False)
     with pytest.raises(InputError, match="sites: got None for a model without"):
