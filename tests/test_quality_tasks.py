@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from bench.quality import measures, originals, run, store, tune
-from bench.quality.data import DATA
+from bench.quality.data import DATA, load
 from bench.quality.data.data import Data, split
 from bench.quality.data.images import STYLES, styles
 from bench.quality.execute import Case, changed, execute, prepare
@@ -634,3 +634,9 @@ def test_mistyped_names_are_refused(tiny, tmp_path, capsys):
     with pytest.raises(SystemExit):
         tiny(run, "--methods", "our", "--file", tmp_path / "runs.jsonl")
     assert "invalid choice: 'our'" in capsys.readouterr().err
+
+
+def test_data_that_is_not_installed_ends_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.quality.data.images.FASHION", tmp_path / "nowhere")
+    with pytest.raises(SystemExit, match=r"^fashion-mnist: .*nowhere is not there: .*apt-get install"):
+        load("fashion-mnist", tmp_path)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench.quality.data import DATA
+from bench.quality.data import DATA, load
 from bench.quality.execute import Case, prepare
 from bench.quality.measures import Seen, gap
 from bench.quality.networks import features, linear_map, with_map
@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    data = DATA[options.data](options.cache)
+    data = load(options.data, options.cache)
     for network, recipe in RECIPES[options.data].items():
         task = make(options.task, data, lambda: hardness(recipe, data, options.cache / "models"))  # noqa: B023
         for name, reached in best(prepare(recipe, data, task, options.seed, options.cache / "models")).items():

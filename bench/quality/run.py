@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from bench.quality import store, tune
-from bench.quality.data import DATA
+from bench.quality.data import DATA, load
 from bench.quality.data.data import Data
 from bench.quality.execute import Case, Result, execute, prepare
 from bench.quality.measures import Seen, likeness, lira, probes, relearning
@@ -123,7 +123,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     done = set() if options.again else {store.key(record) for record in store.read_runs(options.file)}
     for data_name in options.data:
-        data = DATA[data_name](options.cache)
+        data = load(data_name, options.cache)
         for network in RECIPES[data_name]:
             if options.models and network not in options.models:
                 continue

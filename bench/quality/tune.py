@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from bench.quality import store
-from bench.quality.data import DATA
+from bench.quality.data import DATA, load
 from bench.quality.execute import Case, execute, prepare
 from bench.quality.measures import Seen, gap
 from bench.quality.methods import METHODS
@@ -81,7 +81,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     for name in options.data:
-        data = DATA[name](options.cache).held_out()
+        data = load(name, options.cache).held_out()
         for network, recipe in RECIPES[name].items():
             if options.models and network not in options.models:
                 continue

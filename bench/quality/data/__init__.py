@@ -14,3 +14,11 @@ DATA: dict[str, Callable[[Path], Data]] = {
     "debian-sections": sections,
     "typefaces": typefaces,
 }
+
+
+def load(name: str, cache: Path) -> Data:
+    """The data set; what it lacks ends the program in a line that says how to get it."""
+    try:
+        return DATA[name](cache)
+    except (ImportError, RuntimeError) as error:
+        raise SystemExit(f"{name}: {error}") from error
