@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from bench.quality.execute import changed
 from bench.quality.layers import _attended, layer_inputs
 from bench.quality.methods import METHODS
 from bench.quality.methods.scrub import disagreement
@@ -286,6 +287,7 @@ def test_a_map_before_the_head_is_all(after, network, name):
     """The network is the original up to the map, and the head is the original's."""
     _, _, model = after(name, "class")
     assert same_bits(model.fc, network.fc)
+    assert changed(network, model) == sum(4 * p.numel() for p in network.fc.parameters())  # the map folds into it
     *early, last = model.blocks
     assert same_bits(nn.Sequential(*early, last[0]), network.blocks)
     z = features(network, TEST.x).clone()

@@ -32,7 +32,8 @@ INTRODUCTION = (
 )
 LEGEND = (
     "Accuracies and membership inference (MIA) are in percent. LiRA: percent of the forgotten rows that a "
-    "likelihood-ratio attack takes for training rows. Relearn: steps of fine-tuning on the forgotten rows until nine "
+    "likelihood-ratio attack, with one variance for all, takes for training rows. "
+    "Relearn: steps of fine-tuning on the forgotten rows until nine "
     "tenths of the original's accuracy on them are back, 60 at most. Probe excess: how much more a linear or a "
     "nearest-neighbour probe finds, after any block, than in the retrained network. KL: from the retrained network's "
     "predictions on test rows, in nats. ToW: tug of war, 1 for a network like the retrained one. Seconds: all that a "

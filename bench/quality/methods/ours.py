@@ -11,7 +11,7 @@ from bench.quality.methods.loft import moments
 from bench.quality.methods.method import Method, classes_only
 from bench.quality.networks import with_map
 from bench.quality.problem import Problem
-from loft_fast import fetch_moments, solve
+from loft_fast import GroupedMoments, Moments, fetch_moments, solve
 
 
 def run(problem: Problem) -> nn.Module:
@@ -32,14 +32,19 @@ def blocks(problem: Problem, *, angle: float) -> nn.Module:
     model = problem.copy().eval()
     for index in range(len(model.blocks) - 1):
         start = time.perf_counter()
-        site = f"blocks.{index}:output"
-        parts = [
-            fetch_moments(model, _pairs(problem, part), site, "label", progress=False) for part in ("retain", "forget")
-        ]
-        problem.prepared += time.perf_counter() - start
+        parts = _moments(problem, model, f"blocks.{index}:output")
+        if index == 0:  # the others are taken behind projections that this request made
+            problem.prepared += time.perf_counter() - start
         model.blocks[index] = nn.Sequential(model.blocks[index], Channels(solve(*parts, angle=angle)))
-    problem.original = model
-    return run(problem)
+    parts = [
+        fetch_moments(model, _pairs(problem, part), "fc", "label", progress=False) for part in ("retain", "forget")
+    ]
+    return with_map(model, solve(*parts, head=model.fc))
+
+
+def _moments(problem: Problem, model: nn.Module, site: str) -> list[Moments | GroupedMoments]:
+    """Of the retain and the forget rows, by class."""
+    return [fetch_moments(model, _pairs(problem, part), site, "label", progress=False) for part in ("retain", "forget")]
 
 
 def _pairs(problem: Problem, part: str) -> Iterator[tuple[Tensor, Tensor]]:
