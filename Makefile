@@ -41,7 +41,7 @@ fuzz: .venv/dev  ## random and damaged files for every reader of files (about si
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests/test_fuzz.py
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests/test_store_faults.py -k "foreign or changed"
 
-quality: .venv/quality ## every method on every task of every data set; goes on where it was stopped (a day on two cores)
+quality: .venv/quality ## every method on every task of every data set; goes on where it was stopped (many hours)
 	$(BIN)/python -m bench.quality.tune
 	$(BIN)/python -m bench.quality.run
 	$(BIN)/python -m bench.quality.page

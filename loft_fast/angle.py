@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from loft_fast.discriminant import linear_discriminant
 from loft_fast.errors import InputError
 from loft_fast.frontier import Frontier, Point
 from loft_fast.grouped_moments import GroupedMoments
@@ -199,15 +200,10 @@ def _discriminant(groups: GroupedMoments, like: Tensor) -> tuple[Tensor, Tensor]
     """Weight and bias of the linear discriminant fitted to group moments; outputs without a group are never chosen."""
     keys = groups.keys()
     within = torch.stack([groups[key].scatter for key in keys]).sum(0) / groups.count
-    within.diagonal().add_(1e-2 * within.trace() / groups.dim)  # few rows a dimension: shrink
     means = torch.stack([groups[key].mean for key in keys])
-    rows = torch.linalg.solve(within, means.T).T
-    shares = torch.tensor([groups[key].count / groups.count for key in keys]).to(like)
-    weight, bias = torch.zeros_like(like), torch.full_like(like[:, 0], -torch.inf)
+    counts = torch.tensor([groups[key].count for key in keys]).to(like)
     index = torch.tensor([int(key) for key in keys], device=like.device)
-    weight[index] = rows
-    bias[index] = shares.log() - (rows * means).sum(1) / 2
-    return weight, bias
+    return linear_discriminant(within, means, counts, index, len(like))
 
 
 def linear_head(head: nn.Module, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:

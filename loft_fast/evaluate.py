@@ -133,11 +133,11 @@ def evaluate(
         mine = torch.cat([outcome.log_probabilities for outcome in tests])
         theirs = torch.cat([outcome.reference for outcome in tests])
         values["agreement"] = 100 * float((mine.argmax(1) == theirs.argmax(1)).double().mean())
-        values["kl"] = float(_kl(theirs, mine).mean())
+        values["kl"] = float(kl_divergence(theirs, mine).mean())
     return Evaluation(**values, seconds=time.perf_counter() - start)
 
 
-def _kl(reference: Tensor, model: Tensor) -> Tensor:
+def kl_divergence(reference: Tensor, model: Tensor) -> Tensor:
     """KL(reference || model) of log-probabilities (n, classes), (n,); a class ruled out by the reference counts 0."""
     return torch.where(reference.isneginf(), 0.0, reference.exp() * (reference - model)).sum(1)
 

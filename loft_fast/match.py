@@ -34,7 +34,7 @@ def match_retrained(
 ) -> Unseen:
     """Make `model`, in place, look as if it had not been trained on the forget rows.
 
-    For rows within classes, where no projection helps: there the forget rows lie where the retain rows do. `unseen`
+    For rows within classes, where a projection helps little: the forget rows lie where the retain rows do. `unseen`
     foretells what a retrained model would say of the forget rows; some passes of distillation make the model say it,
     while it goes on saying of the retain rows what it says now. Statistics of batch norm stay as they are.
 

@@ -25,6 +25,7 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from loft_fast import batches
+from loft_fast.discriminant import linear_discriminant
 from loft_fast.errors import InputError
 from loft_fast.moments import Moments
 from loft_fast.sites import Site, device_of, evaluating, find_site, unwrap
@@ -36,7 +37,6 @@ _SITES = 6  # places to look at, spread over the model
 _LOOK_AFTER, _HOPELESS = 4096, 5.0  # rows, and points of cost: worse places are left out from there on
 _AS_GOOD = 1.5  # points of cost: the standard error of an accuracy from some hundred rows
 _FOLD, _FOLD_ROWS = 5, 10_000  # every fifth of so many retain rows is left out of the fit, and fewer later on
-_SHRINK = 1e-2  # of the mean variance, added to every direction: few rows a dimension
 _SHIFT = 0.3  # of random features, in standard deviations
 
 
@@ -249,12 +249,8 @@ class _Candidate:
         means = self.sums[present] / self.sizes[present].unsqueeze(1)
         offsets = means - self.moments.mean
         within = (self.moments.scatter - offsets.T @ (offsets * self.sizes[present].unsqueeze(1))) / self.count
-        within.diagonal().add_((_SHRINK * within.trace() / len(within)).clamp_min(1e-30))  # zero where a layer is dead
-        rows = torch.linalg.solve(within, means.T).T
-        weight, bias = torch.zeros_like(self.sums), torch.full_like(self.sizes, -torch.inf)
-        weight[present] = rows
-        bias[present] = (self.sizes[present] / self.count).log() - (rows * means).sum(1) / 2
-        return _Fitted(self, weight, bias, held)
+        labels = torch.where(present)[0]
+        return _Fitted(self, *linear_discriminant(within, means, self.sizes[present], labels, len(present)), held)
 
 
 def _left_out(index: Tensor) -> Tensor:

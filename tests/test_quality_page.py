@@ -6,6 +6,7 @@ import math
 import pytest
 
 from bench.quality import claims, page, store, tables
+from bench.quality.methods import METHODS, RETRAIN, RETRAIN_AGAIN
 from bench.quality.methods.method import Method
 from bench.quality.summary import against_best, against_target, overview, plain, summarise
 
@@ -170,6 +171,16 @@ def test_claims_hold_fail_or_were_not_run(runs):
         ["1 of 2: mnist-5000 cnn (random 10%)", "1 of 2: mnist-5000 cnn (one class)"],
         ["not run", "not run"],
     ]
+
+
+def test_claims_ask_for_what_is_measured():
+    """A mistyped name would look like a claim that was never run."""
+    names = (*METHODS, RETRAIN, RETRAIN_AGAIN)
+    lines = [run(name, "random 10%", lira=50.0) for name in names]
+    lines += [run(name, forget_test=0.0, relearn=1, probes=probes((0.5, 0.5))) for name in names]
+    claimed = claims.check(summarise(lines))
+    assert len(claimed) >= 20
+    assert [claim.method for claim in claimed if not claim.held and not claim.failed] == []
 
 
 def test_numbers_for_scripts():

@@ -41,7 +41,10 @@ class Net(torch.nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.body, self.fc = torch.nn.Sequential(torch.nn.Linear(20, 24), torch.nn.ReLU()), torch.nn.Linear(24, 8)
+        self.body = torch.nn.Sequential(
+            torch.nn.Linear(20, 24), torch.nn.ReLU(), torch.nn.Linear(24, 24), torch.nn.ReLU()
+        )
+        self.fc = torch.nn.Linear(24, 8)
 
     def forward(self, x):
         return self.fc(self.body(x))

@@ -10,19 +10,20 @@ from torch import nn
 from torch.nn import functional
 
 from loft_fast import InputError, SiteError, match_retrained, unseen
-from loft_fast.unseen import WIDTH, _left_out, margins
+from loft_fast.sites import find_site
+from loft_fast.unseen import WIDTH, _left_out, _vectors, margins
 
 CLASSES, WIDTH_IN, NOISE = 4, 12, 0.25
 BATCH = 100
 
 
-def rows(n, seed, easy=False):
+def rows(n, seed):
     """Four clouds of points; a quarter of the labels are wrong, so that only memory gets them right."""
     generator = torch.Generator().manual_seed(seed)
     y = torch.randint(CLASSES, (n,), generator=generator)
     centers = 2.5 * torch.randn(CLASSES, WIDTH_IN, generator=torch.Generator().manual_seed(0))
     x = centers[y] + torch.randn(n, WIDTH_IN, generator=generator)
-    wrong = torch.rand(n, generator=generator) < (0 if easy else NOISE)
+    wrong = torch.rand(n, generator=generator) < NOISE
     return x, torch.where(wrong, (y + 1) % CLASSES, y)
 
 
@@ -198,6 +199,7 @@ def test_large_maps_are_averaged_and_batch_norm_stays():
     statistics = model[1].running_mean.clone()
     loaders = [(x[20:], y[20:])], [(x[:20], y[:20])], [(x[:50], y[:50])]
     assert x[0].numel() > WIDTH
+    assert _vectors(find_site(model, "0"), x, None).shape == (120, 45 * 45)  # the largest square within WIDTH
     found = match_retrained(model, *loaders, rate=1e-3, epochs=2, progress=False)
     assert found.log_probabilities.isfinite().all()
     assert torch.equal(model[1].running_mean, statistics)

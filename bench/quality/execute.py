@@ -6,6 +6,7 @@ import resource
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,12 @@ class Case:
     original: Trained
     retrained: Trained
 
-    @property
+    @cached_property
     def train(self) -> Rows:
         """The training rows with the labels that the original saw."""
         return _labelled(self.data.train, self.task)
 
-    @property
+    @cached_property
     def sets(self) -> Sets:
         """Retain and forget, train and test; without kin of the forget rows among the test rows, all are to retain."""
         test = torch.zeros(len(self.data.test), dtype=torch.bool) if self.task.test is None else self.task.test

@@ -9,7 +9,6 @@ from functools import cached_property
 from statistics import fmean
 
 import torch
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
@@ -17,9 +16,9 @@ from torch import Tensor
 from bench.quality.networks import Chain
 from bench.quality.originals import logits
 from bench.quality.problem import Rows, adam, cross_entropy, step
-from loft_fast.evaluate import membership_inference
+from loft_fast.evaluate import SETS, Outcome, kl_divergence, membership_inference, probe_auc
+from loft_fast.unseen import margins
 
-SETS = ("retain_train", "forget_train", "retain_test", "forget_test")
 PROBE_ROWS = 1500  # a side and set: a probe on more finds the same
 RELEARN_STEPS, RELEARN_BATCH = 60, 64
 
@@ -41,27 +40,26 @@ class Sets:
 
 @dataclass(frozen=True)
 class Seen:
-    """One network's log-probabilities (n, classes) of every set, in float64."""
+    """What one network says of every set."""
 
-    sets: Sets
-    scores: dict[str, Tensor]
+    outcomes: dict[str, Outcome]
 
     @classmethod
     def of(cls, model: Chain, sets: Sets) -> Seen:
         """Look at all rows once."""
-        return cls(sets, {name: logits(model, rows.x).double().log_softmax(1) for name, rows in sets.present.items()})
-
-    def accuracy(self, name: str) -> float:
-        """Percent."""
-        return 100 * float((self.scores[name].argmax(1) == getattr(self.sets, name).y).double().mean())
+        nothing = torch.empty(0)
+        found = {}
+        for name, rows in sets.present.items():
+            found[name] = Outcome(rows.y, logits(model, rows.x).double().log_softmax(1), nothing, nothing)
+        return cls(found)
 
     def confidence(self, name: str) -> Tensor:
         """Probability of the true class, (n,)."""
-        return self.scores[name].gather(1, getattr(self.sets, name).y.unsqueeze(1)).squeeze(1).exp()
+        return self.outcomes[name].confidence
 
     def entropy(self, name: str) -> Tensor:
         """Of the predicted distribution, in nats, (n,)."""
-        return torch.special.entr(self.scores[name].exp()).sum(1)
+        return torch.special.entr(self.outcomes[name].log_probabilities.exp()).sum(1)
 
     def membership(self, signal: str) -> float:
         """Percent of the forget rows that an attack on "confidence" or "entropy" takes for training rows."""
@@ -71,7 +69,8 @@ class Seen:
     @cached_property
     def values(self) -> dict[str, float]:
         """Accuracies, and the attack on the confidence: what the gap is taken over."""
-        return {**{name: self.accuracy(name) for name in self.scores}, "mia": self.membership("confidence")}
+        accuracies = {name: outcome.accuracy for name, outcome in self.outcomes.items()}
+        return {**accuracies, "mia": self.membership("confidence")}
 
 
 def gap(seen: Seen, retrained: Seen) -> float:
@@ -81,15 +80,15 @@ def gap(seen: Seen, retrained: Seen) -> float:
 
 def likeness(seen: Seen, retrained: Seen) -> dict[str, float]:
     """How near to the retrained network: gaps in points, agreement in percent, KL in nats, Tug-of-War in [0, 1]."""
-    tests = [name for name in ("retain_test", "forget_test") if name in seen.scores]
-    ours, reference = (torch.cat([one.scores[name] for name in tests]) for one in (seen, retrained))
+    tests = [name for name in ("retain_test", "forget_test") if name in seen.outcomes]
+    ours, reference = (torch.cat([one.outcomes[name].log_probabilities for name in tests]) for one in (seen, retrained))
     return {
         **seen.values,
         "mia_entropy": seen.membership("entropy"),
         "gap": gap(seen, retrained),
         "agreement": 100 * float((ours.argmax(1) == reference.argmax(1)).double().mean()),
-        "kl": float(torch.where(reference.isneginf(), 0.0, reference.exp() * (reference - ours)).sum(1).mean()),
-        "tug_of_war": math.prod(1 - abs(seen.values[name] - retrained.values[name]) / 100 for name in seen.scores),
+        "kl": float(kl_divergence(reference, ours).mean()),
+        "tug_of_war": math.prod(1 - abs(seen.values[name] - retrained.values[name]) / 100 for name in seen.outcomes),
     }
 
 
@@ -104,9 +103,9 @@ def lira(models: list[Chain], inside: Tensor, rows: Rows, chosen: Tensor, networ
         chosen: (n,) bool, the rows asked about.
     """
     part = rows[chosen]
-    known = torch.stack([_logit_confidence(model, part) for model in models])
+    known = torch.stack([_sureness(model, part) for model in models])
     was_in = inside[:, chosen]
-    own = _logit_confidence(network, part)
+    own = _sureness(network, part)
     distance = []
     for side in (was_in, ~was_in):
         center = (known * side).sum(0) / side.sum(0)
@@ -114,12 +113,9 @@ def lira(models: list[Chain], inside: Tensor, rows: Rows, chosen: Tensor, networ
     return 100 * float((distance[0] < distance[1]).double().mean())
 
 
-def _logit_confidence(model: Chain, rows: Rows) -> Tensor:
+def _sureness(model: Chain, rows: Rows) -> Tensor:
     """log(p / (1 - p)) of the true class, (n,)."""
-    scores = logits(model, rows.x).double()
-    true = scores.gather(1, rows.y.unsqueeze(1)).squeeze(1)
-    rest = scores.scatter(1, rows.y.unsqueeze(1), -torch.inf).logsumexp(1)
-    return (true - rest).clamp(-30, 30)
+    return margins(logits(model, rows.x), rows.y).clamp(-30, 30)
 
 
 @torch.inference_mode()
@@ -132,25 +128,25 @@ def probes(model: Chain, sets: Sets) -> list[dict[str, float]]:
         parts[name] = model.block_features(rows.x[chosen])
     found = []
     for block in range(len(model.blocks)):
-        train, test = (
-            torch.cat([parts[f"retain_{when}"][block], parts[f"forget_{when}"][block]]).double()
-            for when in ("train", "test")
-        )
-        wanted = [
-            [0] * len(parts[f"retain_{when}"][block]) + [1] * len(parts[f"forget_{when}"][block])
-            for when in ("train", "test")
-        ]
-        mean, scale = train.mean(0), train.std().clamp_min(1e-30)
-        fit, held = ((part - mean) / scale for part in (train, test))
-        linear = LogisticRegression(class_weight="balanced", max_iter=200).fit(fit.numpy(), wanted[0])
-        near = KNeighborsClassifier(20).fit(fit.numpy(), wanted[0])
-        found.append(
-            {
-                "linear": float(roc_auc_score(wanted[1], linear.decision_function(held.numpy()))),
-                "neighbours": float(roc_auc_score(wanted[1], near.predict_proba(held.numpy())[:, 1])),
-            }
-        )
+        features = {name: found_in[block].double() for name, found_in in parts.items()}
+        found.append({"linear": probe_auc(*(features[name] for name in SETS)), "neighbours": _neighbours(features)})
     return found
+
+
+def _neighbours(features: dict[str, Tensor]) -> float:
+    """AUC, on test rows, of the share of forget rows among the nearest 20 training rows."""
+    columns = {}
+    for when in ("train", "test"):
+        pair = features[f"retain_{when}"], features[f"forget_{when}"]
+        columns[when] = torch.cat(pair).numpy(), [0] * len(pair[0]) + [1] * len(pair[1])
+    near = KNeighborsClassifier(20).fit(*columns["train"])
+    x, wanted = columns["test"]
+    return float(roc_auc_score(wanted, near.predict_proba(x)[:, 1]))
+
+
+def accuracy(model: Chain, rows: Rows) -> float:
+    """Percent."""
+    return 100 * float((logits(model, rows.x).argmax(1) == rows.y).double().mean())
 
 
 def relearning(model: Chain, sets: Sets, rate: float, level: float) -> int:
@@ -160,7 +156,7 @@ def relearning(model: Chain, sets: Sets, rate: float, level: float) -> int:
     generator = torch.Generator().manual_seed(0)
     rows = sets.forget_train
     for taken in range(RELEARN_STEPS):
-        if 100 * float((logits(student, rows.x).argmax(1) == rows.y).double().mean()) >= level:
+        if accuracy(student, rows) >= level:
             return taken
         step(optimizer, cross_entropy(student, rows[torch.randint(len(rows), (RELEARN_BATCH,), generator=generator)]))
     return RELEARN_STEPS

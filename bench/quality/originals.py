@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bench.quality.data.data import Data
 from bench.quality.networks import Chain
 from bench.quality.problem import Rows
 from bench.quality.training import Recipe, train
+from loft_fast import files
+from loft_fast.errors import FileFormatError
 
 SHADOWS = 16
 
@@ -30,24 +30,24 @@ class Trained(NamedTuple):
 
 def trained(recipe: Recipe, rows: Rows, classes: int, seed: int, cache: Path) -> Trained:
     """The network of this recipe on exactly these rows, from `cache` if it was trained before."""
-    shapes = [tuple(tensor.shape) for tensor in recipe.build(classes).state_dict().values()]
-    digest = hashlib.sha256(f"{recipe.build.__name__} {recipe.epochs} {recipe.batch} {recipe.rate} {seed}".encode())
-    digest.update(f"{torch.__version__} {torch.get_num_threads()} {tuple(rows.x.shape)} {shapes}".encode())
-    digest.update(rows.y.numpy().tobytes())
-    digest.update(rows.x.double().flatten(1).mean(1).numpy().tobytes())
-    path = cache / f"{recipe.build.__name__}-{digest.hexdigest()[:20]}.safetensors"
+    model = recipe.build(classes).eval()
+    shapes = [tuple(tensor.shape) for tensor in model.state_dict().values()]
+    name = recipe.build.__name__
+    digest = hashlib.sha256(f"{name} {recipe.epochs} {recipe.batch} {recipe.rate} {seed} {shapes}".encode())
+    digest.update(f"{torch.__version__} {torch.get_num_threads()}".encode())
+    for tensor in (rows.x, rows.y):
+        digest.update(f"{tuple(tensor.shape)}".encode() + tensor.contiguous().numpy().tobytes())
+    path = cache / f"{name}-{digest.hexdigest()[:20]}.safetensors"
     if path.exists():
-        with safe_open(path, "pt") as stored:
-            model = recipe.build(classes).eval()
-            model.load_state_dict({name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118
-            return Trained(model, float(stored.metadata()["seconds"]))
+        with suppress(FileFormatError):  # a damaged one is trained again
+            tensors, header = files.read_tensors(path, "quality_model", tuple(model.state_dict()))
+            model.load_state_dict(tensors)
+            return Trained(model, float(header["seconds"]))
     start = time.perf_counter()
     model = train(recipe, rows, classes, seed)
     seconds = time.perf_counter() - start
     cache.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{os.getpid()}.part")
-    save_file(model.state_dict(), unfinished, {"seconds": repr(seconds)})
-    unfinished.replace(path)
+    files.write_tensors(path, "quality_model", model.state_dict(), {"seconds": repr(seconds)})
     return Trained(model, seconds)
 
 

@@ -85,7 +85,7 @@ class Problem:
             yield from self.batches(part, share, size)
 
     def pairs(self, share: float = 1.0) -> Iterator[tuple[Rows, Rows]]:
-        """Retain rows (one pass, or a random share) and beside each batch so many forget rows that all come up once."""
+        """One pass over a share of the retain rows, and beside each batch so many forget rows that all come up."""
         steps = math.ceil(max(1, round(share * len(self.retain))) / self.batch)
         forget = self.endless("forget", size=math.ceil(len(self.forget) / steps))
         for rows in self.batches("retain", share):

@@ -18,7 +18,7 @@ from bench.quality import store, tune
 from bench.quality.data import DATA, load
 from bench.quality.data.data import Data
 from bench.quality.execute import Case, Result, execute, prepare
-from bench.quality.measures import Seen, likeness, lira, probes, relearning
+from bench.quality.measures import Seen, accuracy, likeness, lira, probes, relearning
 from bench.quality.methods import METHODS, RETRAIN, RETRAIN_AGAIN
 from bench.quality.methods.method import Method
 from bench.quality.originals import hardness, shadows, trained
@@ -73,7 +73,7 @@ class Bench:
     def deeper(self, case: Case, model: Any) -> dict[str, Any]:
         """The measures that take longer: once for each original."""
         if case.task.kind == "class":
-            level = REGAINED * Seen.of(case.original.model, case.sets).accuracy("forget_train")
+            level = REGAINED * accuracy(case.original.model, case.sets.forget_train)
             return {
                 "probes": probes(model, case.sets),
                 "relearn": relearning(model, case.sets, self.recipe.rate / 10, level),
@@ -90,8 +90,8 @@ def _training_costs(case: Case, seconds: float) -> dict[str, float]:
     return {"seconds": seconds, "touched": rows, "bytes": size}
 
 
-def wanted(task: Task, names: list[str], originals: list[int], seeds: list[int]) -> Iterator[tuple[int, str, int]]:
-    """(original, method, seed) of all runs of a task; what is not random runs once."""
+def wanted(names: list[str], originals: list[int], seeds: list[int]) -> Iterator[tuple[int, str, int]]:
+    """(original, method, seed) of all runs; what is not random runs once."""
     for original in originals:
         for name in names:
             once = name in (RETRAIN, RETRAIN_AGAIN) or not METHODS[name].random
@@ -132,7 +132,7 @@ def main() -> None:
                 task = bench.task(task_name)
                 left = [
                     (original, name, seed)
-                    for original, name, seed in wanted(task, options.methods, options.originals, options.seeds)
+                    for original, name, seed in wanted(options.methods, options.originals, options.seeds)
                     if (data_name, network, task_name, name, original, seed) not in done
                 ]
                 _run_all(bench, task, left, options.file)

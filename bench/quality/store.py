@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from loft_fast import files
 
 HERE = Path(__file__).parent
 RUNS, TUNED, RESULTS = HERE / "runs.jsonl", HERE / "tuned.json", HERE / "results.json"
@@ -20,7 +21,7 @@ def key(record: Record) -> tuple[Any, ...]:
 
 
 def read_runs(path: Path = RUNS) -> list[Record]:
-    """All runs; of two of the same, the later one. A last line that was cut off is left out."""
+    """All runs; of two of the same, the later one. A line that was cut off is left out."""
     found: dict[tuple[Any, ...], Record] = {}
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -34,16 +35,15 @@ def read_runs(path: Path = RUNS) -> list[Record]:
 def add_run(record: Record, path: Path = RUNS) -> None:
     """Append one line, whole even when several processes write."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as file:
-        cut = file.tell() and path.read_bytes()[-1:] != b"\n"
+    with open(path, "ab+") as file:
+        file.seek(max(0, file.tell() - 1))
+        cut = file.read() not in (b"", b"\n")
         file.write(((b"\n" if cut else b"") + json.dumps(_short(record)).encode()) + b"\n")
 
 
 def write_json(content: Any, path: Path) -> None:
     """The file is whole at any time."""
-    unfinished = path.with_suffix(f".{os.getpid()}.part")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n")
-    unfinished.replace(path)
+    files.write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def _short(value: Any) -> Any:

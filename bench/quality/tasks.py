@@ -60,7 +60,7 @@ class Task:
 
 def make(name: str, data: Data, hardness: Callable[[], Tensor]) -> Task:
     """The task on this data. `hardness()`: (n,) of the training rows, larger is harder."""
-    generator = torch.Generator().manual_seed(len(name))
+    generator = torch.Generator().manual_seed(len(name))  # any fixed number
     order = torch.randperm(data.classes, generator=generator).tolist()
     if name in ("one class", "several classes", "extreme"):
         count = {

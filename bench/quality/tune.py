@@ -49,7 +49,7 @@ def knobs(tuned: Tuned, data: str, network: str, task: str, name: str, method: M
 
 
 def candidates(method: Method) -> Iterator[dict[str, Any]]:
-    """The paper's setting first, then others drawn from the grid without repetition, TRIALS in all at most."""
+    """The setting to start from, then others drawn from the grid without repetition, TRIALS in all at most."""
     grid = [dict(zip(method.search, values, strict=True)) for values in itertools.product(*method.search.values())]
     rest = grid[1:]
     random.Random(0).shuffle(rest)
@@ -86,7 +86,7 @@ def main() -> None:
             if options.models and network not in options.models:
                 continue
             for task_name in options.tasks:
-                task = make(task_name, data, lambda: hardness(recipe, data, options.cache))  # noqa: B023
+                task = make(task_name, data, lambda: hardness(recipe, data, options.cache / "models"))  # noqa: B023
                 left = [
                     method
                     for method in options.methods

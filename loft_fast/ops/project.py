@@ -20,7 +20,7 @@ _WORTHWHILE = 1024  # rows from which on one pass saves more than packing the ba
 def project(x: Tensor, basis: Tensor, center: Tensor) -> Tensor:
     """center + (x - center) U U^T, row by row.
 
-    Differentiable to any order. Without a derivative, 16-bit rows on a CPU are multiplied in float32.
+    Differentiable to any order. 16-bit rows on a CPU are multiplied in float32.
 
     Args:
         x: (n, d) float16, bfloat16, float32 or float64; any strides; n >= 0.
@@ -55,10 +55,17 @@ def _pays(x: Tensor) -> bool:
 
 
 def _plain(x: Tensor, basis: Tensor, center: Tensor) -> Tensor:
-    # On a CPU, torch's 16-bit products with an odd number of terms read on into the next row where the processor
-    # multiplies pairs (AMX): a row that is not finite would spoil the one before it.
-    wide = torch.float32 if x.device.type == "cpu" and x.element_size() == 2 else x.dtype
+    wide = _wide(x)
     return reference.project(x.to(wide), basis.to(wide), center.to(wide)).to(x.dtype)  # autocast changes it
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """What to multiply in.
+
+    On a CPU, torch's 16-bit products with an odd number of terms read on into the next row where the processor
+    multiplies pairs (AMX): a row that is not finite would spoil the one before it.
+    """
+    return torch.float32 if x.device.type == "cpu" and x.element_size() == 2 else x.dtype
 
 
 @torch.library.custom_op("loft_fast::project", mutates_args=())
@@ -72,12 +79,13 @@ def _fake(x: Tensor, basis: Tensor, center: Tensor) -> Tensor:
 
 
 def _vmap(info: Any, dims: tuple[int | None, ...], x: Tensor, basis: Tensor, center: Tensor) -> tuple[Tensor, int]:
+    dtype, wide = x.dtype, _wide(x)
     x, basis, center = (
-        one.movedim(dim, 0) if dim is not None else one.unsqueeze(0)
-        for one, dim in zip((x, basis.to(x.dtype), center.to(x.dtype)), dims, strict=True)
+        one.to(wide).movedim(dim, 0) if dim is not None else one.to(wide).unsqueeze(0)
+        for one, dim in zip((x, basis, center), dims, strict=True)
     )
     center = center.unsqueeze(1)
-    return center + (x - center) @ basis @ basis.mT, 0
+    return (center + (x - center) @ basis @ basis.mT).to(dtype), 0
 
 
 _op.register_vmap(_vmap)

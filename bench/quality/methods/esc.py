@@ -2,6 +2,7 @@
 
 z -> z - U U^T z before the head, U being the first left singular vectors of the forget features; folds into the head.
 ESC-T learns which entries M of all singular vectors V to keep, z -> (M * V) (M * V)^T z, until no forget row is right.
+How M is applied is our reading: that file of the authors' code was not at hand.
 """
 
 from __future__ import annotations

@@ -26,7 +26,8 @@ class Method:
         random: whether two seeds give two results.
         cumulative: of several requests, every one is answered from the first original, for all rows so far.
         applies: which problems it is meant for.
-        claim: a number or an ordering that its paper states and that our measures can confirm, in a sentence.
+        claim: what its paper says of it, as we read it, in a sentence that our measures can confirm. Where the paper
+            gives a number for other data, or none, the threshold is ours.
         holds: whether it does: given, for one data set and task, the row of means of every method by name.
         claimed_for: the kinds of task of the claim: "class" or "rows".
     """

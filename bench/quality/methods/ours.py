@@ -36,9 +36,7 @@ def blocks(problem: Problem, *, angle: float) -> nn.Module:
         if index == 0:  # the others are taken behind projections that this request made
             problem.prepared += time.perf_counter() - start
         model.blocks[index] = nn.Sequential(model.blocks[index], Channels(solve(*parts, angle=angle)))
-    parts = [
-        fetch_moments(model, _pairs(problem, part), "fc", "label", progress=False) for part in ("retain", "forget")
-    ]
+    parts = _moments(problem, model, "fc")
     return with_map(model, solve(*parts, head=model.fc))
 
 

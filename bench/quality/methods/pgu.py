@@ -3,6 +3,7 @@
 For the matrix W of every layer let the columns of V be the first right singular vectors of the retain inputs to it,
 as many as hold the `kept` share of the sum of the singular values. Then W -= rate G (I - V V^T), G being the gradient
 of -log(1 - p + OFFSET) - ENTROPY H on the forget rows, p the probability of the label and H the entropy of the output.
+The retain inputs are a sample, and there is no recovery afterwards, as in the authors' script for classes.
 """
 
 from __future__ import annotations
