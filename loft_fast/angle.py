@@ -123,10 +123,11 @@ class _Forecast:
         """The first rung on the plateau of least cost, or one further as a margin if that is as good."""
         top = len(_LADDER) - 1
         low, high = 0, top - 2
-        floor = self.at(high).cost
-        if self.at(high - 1).cost > floor + _TOLERANCE:  # still falling: the plateau, if any, is at the top
-            low, high = high, top
-            floor = min(floor, self.at(top - 1).cost, self.at(top).cost)
+        floor = min(self.at(high).cost, self.at(high - 1).cost)
+        if self.at(high - 1).cost > floor + _TOLERANCE:  # still falling: down to where it no longer does
+            while high < top and self.at(high + 1).cost < self.at(high).cost - _TOLERANCE:
+                high += 1
+            low = high
         while low < high:
             middle = (low + high) // 2
             cost = self.at(middle).cost

@@ -1,5 +1,7 @@
 import functools
+import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 
 from loft_fast import GroupedMoments, InputError, Moments, solve
-from loft_fast.angle import DEFAULT_ANGLE, linear_head
+from loft_fast.angle import DEFAULT_ANGLE, _Forecast, linear_head
 
 DIM, CLASSES = 24, 6
 
@@ -154,6 +156,15 @@ def test_angle_follows_from_the_positive_part_of_a_ladder():
     assert fixed.rank == projection.rank
     torch.testing.assert_close(fixed.matrix(), projection.matrix(), rtol=0, atol=1e-9)
     assert certificate.eigen_solves <= 9
+
+
+@pytest.mark.parametrize("slope", [1.0, 30.0])
+@pytest.mark.parametrize(("start", "end"), itertools.combinations_with_replacement(range(9), 2))
+def test_the_search_ends_where_the_cost_is_least(start, end, slope):
+    """At the first rung of the plateau, wherever it lies on the ladder, or the one after it as a margin."""
+    forecast = object.__new__(_Forecast)
+    forecast.at = lambda index: SimpleNamespace(cost=slope * max(start - index, index - end, 0))
+    assert forecast.first() == start + (end > start)
 
 
 def test_prediction_is_the_same_every_time():
