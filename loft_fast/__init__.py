@@ -22,6 +22,7 @@ from loft_fast.grouped_moments import GroupedMoments
 from loft_fast.match import match_retrained
 from loft_fast.moments import Moments
 from loft_fast.nested import solve_within
+from loft_fast.outputs import close_outputs
 from loft_fast.privacy import release
 from loft_fast.projection import Certificate, Projection
 from loft_fast.solver import solve
@@ -53,6 +54,7 @@ __all__ = [
     "UnlearningStore",
     "Unseen",
     "attach",
+    "close_outputs",
     "evaluate",
     "fetch_moments",
     "fold",

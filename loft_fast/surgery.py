@@ -119,11 +119,18 @@ def fold(model: nn.Module, projection: Projection, site: str | None = None) -> N
     else:
         folded = basis @ (basis.T @ flat)
         bias = basis @ (basis.T @ (bias - center)) + center
-    weight.copy_(folded.reshape(weight.shape))
+    rewrite(layer, folded, bias)
+
+
+def rewrite(layer: nn.Module, weight: Tensor, bias: Tensor) -> None:
+    """Put these numbers into the layer, rounded once. Without a bias it gets one if it needs one."""
+    old_weight, old_bias = layer.weight, layer.bias
+    assert isinstance(old_weight, nn.Parameter)
+    old_weight.copy_(weight.reshape(old_weight.shape))
     if isinstance(old_bias, Tensor):
         old_bias.copy_(bias)
     elif bool(bias.any()):
-        layer.bias = nn.Parameter(bias.to(weight.dtype), weight.requires_grad)
+        layer.bias = nn.Parameter(bias.to(old_weight.dtype), old_weight.requires_grad)
 
 
 def foldable(model: nn.Module, place: Site) -> nn.Parameter:

@@ -15,6 +15,7 @@ from loft_fast.fetch import fetch_moments
 from loft_fast.grouped_moments import GroupedMoments
 from loft_fast.moments import Moments
 from loft_fast.objective import About
+from loft_fast.outputs import close_outputs
 from loft_fast.projection import Projection
 from loft_fast.sites import Site, find_site, last_linear
 from loft_fast.solver import check_number, solve
@@ -66,7 +67,9 @@ def unlearn(
         site: where to project; None: where given moments come from, else the input of the last nn.Linear.
         rank: dimension of the kept subspace; None: found, as `solve` says, with the layer at the site as head if that
             is the last nn.Linear and the groups are its outputs.
-        fold: False attaches a hook that can be removed; True rewrites the layer for good.
+        fold: False attaches a hook that can be removed; True rewrites the layer for good. Where that is the last
+            nn.Linear and the groups are its outputs, those of classes without a row to retain are closed as well, as
+            `close_outputs` says: a model retrained without a class never says it.
         about: "retain" or the paper's "own", as for `solve`.
         erase: ask for features in which a linear probe, too, no longer finds the forget rows. Not with `rank`, and only
             where there is a head to find the rank with.
@@ -83,17 +86,21 @@ def unlearn(
     gone = _moments("forget", model, forget, str(place), progress)  # the smaller set first: it fails sooner
     kept = _moments("retain", model, retain, str(place), progress)
     clock.lap("moments")
-    head = predicting_head(model, place, kept, gone) if rank is None else None
+    head = predicting_head(model, place, kept, gone)
+    closed: list[int] = []
     if head is not None and isinstance(kept, GroupedMoments) and isinstance(gone, GroupedMoments):
-        shared = [key for key in gone if key in kept]
-        if shared:
-            log.warning("forget: %d of its classes have rows to retain, too: see match_retrained", len(shared))
-    projection = solve(kept, gone, rank, about, head, erase=erase)
+        left = {key for key in kept if kept[key].count}
+        closed = [int(key) for key in gone if key not in left]
+        if len(closed) < len(gone):
+            shared = len(gone) - len(closed)
+            log.warning("forget: %d of its classes have rows to retain, too: see match_retrained", shared)
+    projection = solve(kept, gone, rank, about, head if rank is None else None, erase=erase)
     projection.site = str(place)
     clock.lap("solve")
     attached = None
     if fold:
         _fold(model, projection, str(place))
+        close_outputs(model, closed, str(place))
     else:
         attached = attach(model, projection, str(place))
     clock.lap("fold" if fold else "attach")

@@ -407,6 +407,9 @@ def test_a_map_folds_into_the_head():
     assert list(model.state_dict()) != list(original.state_dict())
     assert size(*model.blocks[-1][1].parameters()) > size(*original.fc.parameters())
     assert changed(original, model) == size(*original.fc.parameters())
+    closed = copy.deepcopy(model)
+    closed.fc.bias.data += 1  # a head that has changed as well is sent once
+    assert changed(original, closed) == size(*original.fc.parameters())
     # One further down does not, and has to be sent as it is.
     early = linear_map(torch.rand(32, 32), torch.rand(32))
     model.blocks[0] = nn.Sequential(model.blocks[0], early)

@@ -66,6 +66,16 @@ def test_folded_result():
     assert set(result.seconds) == {"moments", "solve", "fold"}
     assert everything(folded)[2] == everything(build(Classes))[2]
     x = torch.randn(9, 8)
+    torch.testing.assert_close(folded(x)[:, :2], attached(x)[:, :2])
+    torch.testing.assert_close(folded(x)[:, 2], attached(x)[:, :2].mean(1) - 20)  # class 2 is gone
+
+
+def test_outputs_of_classes_that_stay_or_with_other_sites_are_not_closed():
+    attached, folded = build(Classes), build(Classes)
+    shared = [*RETAIN, *FORGET]
+    unlearn(attached, retain=shared)
+    unlearn(folded, retain=shared, fold=True)
+    x = torch.randn(9, 8)
     torch.testing.assert_close(folded(x), attached(x))
 
 

@@ -126,13 +126,15 @@ def execute(method: Method, case: Case, seed: int, knobs: dict[str, Any]) -> Res
 def changed(original: Chain, model: Chain) -> int:
     """Bytes of the tensors that are not as they were: what has to be sent to whoever has the original."""
     old = list(original.state_dict().values())  # by value: a map in front of the head renames the block before it
-    new = [
-        tensor
-        for tensor in model.state_dict().values()
+    new = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
         if not any(tensor.shape == other.shape and torch.equal(tensor, other) for other in old)
-    ]
-    alone = len(new) <= 2 and len(model.state_dict()) > len(old)  # one map was put in: it folds into the head
-    return min(_size(new), _size(list(model.fc.state_dict().values()))) if alone else _size(new)
+    }
+    maps = [name for name in new if not name.startswith("fc.")]
+    alone = len(maps) <= 2 and len(model.state_dict()) > len(old)  # one map was put in: it folds into the head
+    sent = _size(list(new.values()))
+    return min(sent, _size(list(model.fc.state_dict().values()))) if alone else sent
 
 
 def _size(tensors: list[Tensor]) -> int:

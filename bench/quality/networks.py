@@ -72,7 +72,7 @@ class Mean(nn.Module):
         return x.mean((2, 3)) if x.ndim == 4 else x.mean(1)
 
 
-def resnet(classes: int, widths: tuple[int, ...] = (16, 32, 64, 128)) -> Chain:
+def resnet(classes: int, widths: tuple[int, ...] = (16, 32, 64)) -> Chain:
     """A small ResNet for 28 x 28 images: a stem and one residual block a width."""
     first = widths[0]
     stem = nn.Sequential(nn.Conv2d(1, first, 3, 2, 1, bias=False), nn.BatchNorm2d(first), nn.ReLU())
@@ -96,7 +96,7 @@ class Patches(nn.Module):
         return self.project(x).flatten(2).transpose(1, 2) + self.positions
 
 
-def vit(classes: int, dim: int = 96, depth: int = 4, heads: int = 4) -> Chain:
+def vit(classes: int, dim: int = 64, depth: int = 2, heads: int = 4) -> Chain:
     """A small vision transformer, pre-norm, mean over the tokens at the end."""
     blocks: list[nn.Module] = [Patches(dim)]
     for _ in range(depth):

@@ -8,7 +8,7 @@ from bench.quality.training import Recipe
 RECIPES: dict[str, dict[str, Recipe]] = {
     "mnist-5000": {"cnn": Recipe(cnn, 10, 64, 3e-3)},
     "debian-sections": {"minilm-mlp": Recipe(mlp, 11, 256, 2e-3)},
-    "fashion-mnist": {"resnet": Recipe(resnet, 15, 128, 5e-3), "vit": Recipe(vit, 25, 128, 1e-3)},
-    "typefaces": {"resnet": Recipe(resnet, 15, 128, 5e-3)},
+    "fashion-mnist": {"resnet": Recipe(resnet, 6, 128, 5e-3), "vit": Recipe(vit, 15, 128, 2e-3)},
+    "typefaces": {"resnet": Recipe(resnet, 10, 128, 5e-3)},
 }
 SETUPS = tuple((data, network) for data, networks in RECIPES.items() for network in networks)

@@ -32,6 +32,7 @@ ORIGINAL = Method(lambda problem: problem.copy().eval(), "nothing is done", need
 
 METHODS: dict[str, Method] = {
     "original": ORIGINAL,
+    "closed outputs": ours.CLOSED,
     "fine-tune": fine_tune.METHOD,
     "gradient ascent": gradient_ascent.METHOD,
     "random labels": random_labels.METHOD,

@@ -9,19 +9,19 @@ from torch import Tensor, nn
 
 from bench.quality.methods.loft import moments
 from bench.quality.methods.method import Method, classes_only
-from bench.quality.networks import with_map
+from bench.quality.networks import Chain, with_map
 from bench.quality.problem import Problem
-from loft_fast import GroupedMoments, Moments, fetch_moments, solve
+from loft_fast import GroupedMoments, Moments, Projection, close_outputs, fetch_moments, solve
 
 
 def run(problem: Problem) -> nn.Module:
-    """The default of `solve`, from moments by class."""
-    return with_map(problem.copy(), solve(*moments(problem), head=problem.original.fc))
+    """What `unlearn` does: the default of `solve` on moments by class, and the outputs of the classes closed."""
+    return _projected(problem, problem.copy(), solve(*moments(problem), head=problem.original.fc))
 
 
 def erase(problem: Problem) -> nn.Module:
     """Asked for features in which a linear probe does not find the rows either."""
-    return with_map(problem.copy(), solve(*moments(problem), head=problem.original.fc, erase=True))
+    return _projected(problem, problem.copy(), solve(*moments(problem), head=problem.original.fc, erase=True))
 
 
 def blocks(problem: Problem, *, angle: float) -> nn.Module:
@@ -37,7 +37,19 @@ def blocks(problem: Problem, *, angle: float) -> nn.Module:
             problem.prepared += time.perf_counter() - start
         model.blocks[index] = nn.Sequential(model.blocks[index], Channels(solve(*parts, angle=angle)))
     parts = _moments(problem, model, "fc")
-    return with_map(model, solve(*parts, head=model.fc))
+    return _projected(problem, model, solve(*parts, head=model.fc))
+
+
+def closed(problem: Problem) -> nn.Module:
+    """The outputs alone."""
+    model = problem.copy().eval()
+    close_outputs(model, problem.gone, "fc")
+    return model
+
+
+def _projected(problem: Problem, model: Chain, projection: Projection) -> nn.Module:
+    close_outputs(model, problem.gone, "fc")
+    return with_map(model, projection)
 
 
 def _moments(problem: Problem, model: nn.Module, site: str) -> list[Moments | GroupedMoments]:
@@ -68,6 +80,14 @@ BLOCKS = Method(
     "this package, at every block",
     needs="moments of the features of every block",
     search={"angle": (0.2, 0.1, 0.3)},
+    random=False,
+    cumulative=True,
+    applies=classes_only,
+)
+CLOSED = Method(
+    closed,
+    "for comparison: the classes are still in the features",
+    needs="nothing",
     random=False,
     cumulative=True,
     applies=classes_only,
