@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from loft_fast import batches
 from loft_fast.discriminant import linear_discriminant
 from loft_fast.errors import InputError
+from loft_fast.evaluate import kl_divergence
 from loft_fast.moments import Moments
 from loft_fast.sites import Site, device_of, evaluating, find_site, unwrap
 
@@ -37,6 +38,7 @@ _SITES = 6  # places to look at, spread over the model
 _LOOK_AFTER, _HOPELESS = 4096, 5.0  # rows, and points of cost: worse places are left out from there on
 _AS_GOOD = 1.5  # points of cost: the standard error of an accuracy from some hundred rows
 _FOLD, _FOLD_ROWS = 5, 10_000  # every fifth of so many retain rows is left out of the fit, and fewer later on
+_TEMPERATURES = [10 ** (0.1 * i) for i in range(21)]
 _SHIFT = 0.3  # of random features, in standard deviations
 
 
@@ -99,9 +101,9 @@ def unseen(
             candidates = [one.source for one in _best(candidates, held, _HOPELESS)]
     voters = _Voters(_best(candidates, held, _AS_GOOD))
     seen = [_look(target, [one.place for one in voters.parts], batch, "forget") for batch in forget]
-    foretold, right = _foretell(voters, held.margins, seen)
+    foretold, right = _foretell(voters, held, seen)
     read = tuple((str(one.place), one.accuracy, one.contamination) for one in voters.parts)
-    return Unseen(foretold, right, _percent(held.margins > 0), read, rows, steps)
+    return Unseen(foretold, right, _percent(held.right), read, rows, steps)
 
 
 def _best(candidates: list[_Candidate], held: _Held, within: float) -> list[_Fitted]:
@@ -121,17 +123,31 @@ def margins(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _foretell(
-    voters: _Voters, known: Tensor, seen: list[tuple[Tensor, Tensor, dict[Site, Tensor]]]
+    voters: _Voters, held: _Held, seen: list[tuple[Tensor, Tensor, dict[Site, Tensor]]]
 ) -> tuple[Tensor, float]:
-    """Log-probabilities of the forget rows, and what percent of them will be right. known: margins of unseen rows."""
+    """Log-probabilities of the forget rows, and what percent of them will be right."""
     if not seen:
         raise InputError("forget: it yielded no batches, expected at least one")
     labels = torch.cat([part[1] for part in seen])
     ranks, others = voters.judge(labels, [part[2] for part in seen])
-    expected = known.quantile(ranks.to(known)).unsqueeze(1)
-    true = labels.unsqueeze(1)
-    foretold = (functional.logsigmoid(-expected) + others).scatter(1, true, functional.logsigmoid(expected))
+    others = _flattened(others, held.temperature(voters))
+    foretold = _joined(held.margins.quantile(ranks.to(held.margins)), others, labels)
     return foretold.float(), _percent(foretold.argmax(1) == labels)
+
+
+def _joined(margins: Tensor, others: Tensor, labels: Tensor) -> Tensor:
+    """Log-probabilities (n, classes) from margins (n,) of the labels and the log-probabilities of the other classes."""
+    true, margins = labels.unsqueeze(1), margins.unsqueeze(1)
+    return (functional.logsigmoid(-margins) + others).scatter(1, true, functional.logsigmoid(margins))
+
+
+def _flattened(log_probabilities: Tensor, temperature: float) -> Tensor:
+    return (log_probabilities / temperature).log_softmax(1)
+
+
+def _without(logits: Tensor, labels: Tensor) -> Tensor:
+    """Log-probabilities (n, classes) of the classes that are not a row's own, were it none of that."""
+    return logits.scatter(1, labels.unsqueeze(1), -torch.inf).log_softmax(1)
 
 
 def _percent(right: Tensor) -> float:
@@ -190,14 +206,37 @@ def _places(model: nn.Module) -> list[Site]:
 
 
 class _Held:
-    """The validation rows: labels (n,), features by place, and the model's margins (n,)."""
+    """The validation rows: labels (n,), features by place, and what the model says of them.
+
+    That is margins (n,), and log-probabilities (n, classes) of the classes that are not theirs.
+    """
 
     def __init__(self, seen: list[tuple[Tensor, Tensor, dict[Site, Tensor]]]) -> None:
         if not seen:
             raise InputError("validation: it yielded no batches, expected at least one")
         self.labels = torch.cat([part[1] for part in seen])
-        self.margins = margins(torch.cat([part[0] for part in seen]), self.labels)
+        logits = torch.cat([part[0] for part in seen])
+        self.right = logits.argmax(1) == self.labels
+        self.margins, self.others = margins(logits, self.labels), _without(logits.double(), self.labels)
         self.features = {place: torch.cat([part[2][place] for part in seen]) for place in seen[0][2]}
+
+    def temperature(self, voters: _Voters) -> float:
+        """How much more evenly the model spreads over wrong classes than the discriminants do.
+
+        Nearest in KL divergence, weighted by the probability that is spread, of those with which as many of these rows
+        would be right as are, within a standard error.
+        """
+        _, others = voters.judge(self.labels, [self.features])
+        weight = (-self.margins).sigmoid()
+        share = float(self.right.double().mean())
+        error = math.sqrt(share * (1 - share) / len(self.labels))
+        found = []
+        for temperature in _TEMPERATURES:
+            spread = _flattened(others, temperature)
+            right = _joined(self.margins, spread, self.labels).argmax(1) == self.labels
+            off = max(0.0, abs(float(right.double().mean()) - share) - error)
+            found.append((off, float(weight @ kl_divergence(self.others, spread)), temperature))
+        return min(found)[2]
 
 
 class _Candidate:
@@ -294,6 +333,6 @@ class _Voters:
         for one in self.parts:
             scores = torch.cat([one.scores(batch[one.place]) for batch in features])
             votes.append(one.ranks(margins(scores, labels)))
-            others.append(scores.scatter(1, labels.unsqueeze(1), -torch.inf).log_softmax(1))
+            others.append(_without(scores, labels))
         ranks = torch.searchsorted(self.sorted, torch.stack(votes).mean(0)) / len(self.sorted)
         return ranks, torch.stack(others).logsumexp(0) - math.log(len(others))

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from loft_fast import InputError, SiteError, match_retrained, unseen
 from loft_fast.sites import find_site
-from loft_fast.unseen import WIDTH, _left_out, _vectors, margins
+from loft_fast.unseen import WIDTH, _flattened, _Held, _joined, _left_out, _vectors, _without, margins
 
 CLASSES, WIDTH_IN, NOISE = 4, 12, 0.25
 BATCH = 100
@@ -77,6 +77,7 @@ def test_foretells_what_the_retrained_network_says(memorised):
     truth = accuracy(retrained, x, y)
     assert accuracy(model, x, y) - truth > 25  # else there would be nothing to foretell
     assert abs(found.accuracy - truth) < 12  # of 100 rows: two standard deviations
+    assert found.validation == accuracy(model, *(torch.cat(column) for column in zip(*loaders[2], strict=True)))
     assert found.log_probabilities.shape == (100, CLASSES)
     torch.testing.assert_close(found.log_probabilities.exp().sum(1), torch.ones(100))
     expected, said = (margins(scores, y) for scores in (found.log_probabilities, retrained(x).detach()))
@@ -85,6 +86,54 @@ def test_foretells_what_the_retrained_network_says(memorised):
     assert (found.rows, found.batches) == (900, 9)
     assert same(model, before)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+class Voters:
+    """Discriminants that give these log-probabilities to the classes that are not a row's own."""
+
+    def __init__(self, others):
+        self.others = others
+
+    def judge(self, labels, features):
+        return torch.zeros(len(labels)), self.others
+
+
+def held(n, classes, spread, seed):
+    """Rows of which about half are right; spread: of their logits."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (n,), generator=generator)
+    logits = torch.randn(n, classes, generator=generator) + 1.5 * functional.one_hot(labels, classes)
+    return _Held([(spread * logits, labels, {})])
+
+
+@pytest.mark.parametrize("sharpness", [1.0, 8.0, 30.0])
+def test_how_evenly_the_model_spreads_over_wrong_classes(sharpness):
+    """Discriminants that are right, but this many times too sure."""
+    rows = held(400, 20, 2.0, seed=0)
+    found = rows.temperature(Voters((sharpness * rows.others).log_softmax(1)))
+    assert found == pytest.approx(sharpness, rel=0.13)  # half a step
+
+
+def test_as_many_unseen_rows_come_out_right_as_are():
+    """Discriminants that know nothing: nearest in KL would be to spread evenly, and most rows would look right."""
+    rows = held(400, 20, 4.0, seed=1)
+    noise = torch.randn(400, 20, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    others = _without(30 * noise, rows.labels)
+    share = rows.right.double().mean()
+
+    def right(temperature):
+        return (_joined(rows.margins, _flattened(others, temperature), rows.labels).argmax(1) == rows.labels).double()
+
+    found = rows.temperature(Voters(others))
+    assert abs(right(found).mean() - share) <= (share * (1 - share) / 400).sqrt()
+    assert right(100.0).mean() > share + 0.1
+    assert found > 1
+
+
+def test_two_classes_leave_nothing_to_spread():
+    rows = held(50, 2, 1.0, seed=3)
+    assert rows.temperature(Voters(rows.others)) == 1
+    assert torch.equal(_flattened(rows.others, 7.0), rows.others)
 
 
 def test_a_place_where_rows_are_known_by_heart_is_not_chosen(memorised):
