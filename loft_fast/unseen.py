@@ -224,18 +224,16 @@ class _Held:
         """How much more evenly the model spreads over wrong classes than the discriminants do.
 
         Nearest in KL divergence, weighted by the probability that is spread, of those with which as many of these rows
-        would be right as are, within a standard error.
+        come out right as are, give or take one: the nearest of all would have more of them right.
         """
         _, others = voters.judge(self.labels, [self.features])
         weight = (-self.margins).sigmoid()
-        share = float(self.right.double().mean())
-        error = math.sqrt(share * (1 - share) / len(self.labels))
         found = []
         for temperature in _TEMPERATURES:
             spread = _flattened(others, temperature)
             right = _joined(self.margins, spread, self.labels).argmax(1) == self.labels
-            off = max(0.0, abs(float(right.double().mean()) - share) - error)
-            found.append((off, float(weight @ kl_divergence(self.others, spread)), temperature))
+            off = abs(int(right.sum()) - int(self.right.sum()))
+            found.append((max(1, off), float(weight @ kl_divergence(self.others, spread)), temperature))
         return min(found)[2]
 
 
