@@ -20,7 +20,8 @@ def close_outputs(model: nn.Module, outputs: Iterable[int], site: str | None = N
 
     Their logit becomes the mean of the others less 20. It is for classes of which nothing is retained, after `fold`:
     a projection takes out of the features what tells the class, this the direction that the head looks for it in.
-    By itself it only hides the class; whoever reads the features still finds it.
+    By itself it only hides the class; whoever reads the features still finds it. Of several requests, name the classes
+    of all each time: an output that was closed before another is a mean of rows that had the other's among them.
 
     Args:
         model: a classifier, changed in place.

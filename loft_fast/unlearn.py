@@ -161,5 +161,5 @@ def predicting_head(model: nn.Module, place: Site, *moments: Moments | GroupedMo
         )
     )
     if not fits:
-        log.info("the layer at the site does not score the groups: using the default angle")
+        log.info("the layer at the site does not score the groups: no angle or output can follow from them")
     return place.plain if fits else None
