@@ -70,7 +70,7 @@ def test_folded_result():
     torch.testing.assert_close(folded(x)[:, 2], attached(x)[:, :2].mean(1) - 20)  # class 2 is gone
 
 
-def test_outputs_of_classes_that_stay_or_with_other_sites_are_not_closed():
+def test_outputs_of_classes_that_stay_are_not_closed():
     attached, folded = build(Classes), build(Classes)
     shared = [*RETAIN, *FORGET]
     unlearn(attached, retain=shared)
