@@ -2,34 +2,15 @@
 
 from types import SimpleNamespace
 
-import torch
+from client_rows import DIM, moments_of
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-import loft_fast as loft
 from loft_fast.federated import client_app
 
 # Who this process is, which Flower says to the process of an app.
 TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 0, 1
-
-DIM, EXACT = 16, 50.0
-
-
-def rows(client, n=40, dim=DIM):
-    """Rows and labels of a client: clients have other means, and only some of the classes."""
-    generator = torch.Generator().manual_seed(client)
-    x = torch.randn(n, dim, generator=generator, dtype=torch.float64) + torch.linspace(0, client % 7, dim)
-    return x, torch.randint(client % 3, client % 3 + 3, (n,), generator=generator)
-
-
-def moments_of(clients, exact=None, grouped=True, dim=DIM, n=40):
-    """What one process has that sees all rows of these clients."""
-    whole = loft.GroupedMoments(dim, exact=exact) if grouped else loft.Moments(dim, exact=exact)
-    for client in clients:
-        x, labels = rows(client, n, dim)
-        whole.update(x, labels) if grouped else whole.update(x)
-    return whole
 
 
 class FakeGrid(Grid):

@@ -12,7 +12,8 @@ from torch import nn
 
 pytest.importorskip("flwr")
 
-from federation import DIM, EXACT, FakeGrid, moments_of, rows
+from client_rows import DIM, EXACT, moments_of, rows
+from federation import FakeGrid
 from flwr.app import ConfigRecord, Error, Message
 
 import loft_fast as loft

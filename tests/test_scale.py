@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from client_rows import EXACT, moments_of
 
 pytestmark = pytest.mark.scale
 ROOT = Path(__file__).parent.parent
@@ -62,6 +63,21 @@ def test_the_simulation_collects_once_and_forgets_in_a_later_run(tmp_path, envir
     assert (clients, int(fewer) < int(rows), other != digest) == ("7", True, True)
     assert "not told: nobody" in second
     assert moments_line(simulate(folder=tmp_path / "server", forget_clients="3")) == ("7", fewer, other)
+
+
+def test_64_simulated_clients_of_512_features_and_1_8_and_32_of_them_forgotten(tmp_path, environment):
+    federation = "num-supernodes=64 client-resources-num-cpus=1"
+    command = ["flwr", "run", ".", "--stream", "--federation-config", federation]
+    said = run(
+        [*command, "--run-config", f'folder="{tmp_path / "server"}"'],
+        {**environment, "PYTHONPATH": str(ROOT / "tests")},
+        cwd=ROOT / "tests" / "simulation",
+    )
+    assert "round 1: 64 new contributions accepted" in said
+    found = re.findall(r"(\d+) clients, (\d+) rows, digest (\w+)", said)
+    for first, line in zip((0, 1, 9, 41), found, strict=True):
+        left = moments_of(range(first, 64), EXACT, dim=512)
+        assert line == (str(64 - first), str(left.count), left.digest())
 
 
 def test_processes_with_tls_and_keys(tmp_path, environment):
