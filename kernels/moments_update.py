@@ -1,106 +1,485 @@
-"""moments_update in Triton: one program per tile of the upper triangle, over all rows of one group."""
+"""moments_update in Triton: one triangle of tiles times pieces of the rows, merged into float64 in a fixed order.
+
+A piece is at most `Blocks.piece` rows of one group. Per piece one program for each tile of the upper triangle multiplies,
+and one for each block of columns sums. What is multiplied is exact: 32-bit rows as differences from a row near their
+mean, 16-bit rows as they are or, where a column lies far from zero, as a difference that 16 bits hold exactly (Sterbenz
+1974). Products are summed in float32 over `Blocks.flush` rows, beyond that in float64.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from loft_fast.ops.reference import settle
+from loft_fast.kernels.choice import Blocks, blocks_for, processors
+from loft_fast.kernels.tiles import multiply, triangle_tile
 
-_TILE = 32  # columns a side
-_ROWS = 32  # rows multiplied at a time
-_COPIED = 4096  # rows converted to float64 at a time
-_CHUNK = 16  # multiplications summed in float32 before they go to float64
+_SAMPLE = 256  # rows of a group that tell where its mean is, spread over all of them
+_WORKSPACE = 256 << 20  # bytes of partial results at a time
+
+
+class _Pieces(NamedTuple):
+    """Rows order[start:end] of one group each; without an order, x[start:end]."""
+
+    order: Tensor | None
+    start: Tensor  # (pieces,) int64
+    end: Tensor
+    group: Tensor
+    first: Tensor  # (G,) int64: the pieces of group g are first[g] to last[g]
+    last: Tensor
+    begin: Tensor  # (G,) int64: its rows in `order` are begin[g] to stop[g]
+    stop: Tensor
+
+    def __len__(self) -> int:
+        return self.start.numel()
+
+
+def launch(
+    x: Tensor,
+    count: Tensor,
+    mean: Tensor,
+    scatter: Sequence[Tensor],
+    group: Tensor | None,
+    precision: str | None = None,
+    blocks: Blocks | None = None,
+) -> None:
+    """As `loft_fast.ops.moments_update`; x at most 32 bits wide. Does not wait for the device.
+
+    Args:
+        precision: how 32-bit rows are multiplied: "ieee", "tf32x3" (the default, float32 in effect) or "bf16" (their
+            differences rounded to bfloat16). 16-bit rows are always multiplied as they are.
+        blocks: sizes; None: from the table.
+    """
+    d, groups = x.shape[1], len(scatter)
+    blocks = blocks or blocks_for("moments_update", x.dtype, d)
+    precision = precision or "tf32x3"
+    tiles = triton.cdiv(d, blocks.tile)
+    triangle = tiles * (tiles + 1) // 2
+    pieces = cut(x, group, groups, triangle, blocks)
+    shift, far = shifts(x, pieces, groups)
+    addresses = torch.tensor([matrix.data_ptr() for matrix in scatter], dtype=torch.int64, device=x.device)
+    at_once = max(1, _WORKSPACE // (triangle * blocks.tile**2 * 8))
+    for low in range(0, len(pieces), at_once):
+        many = min(at_once, len(pieces) - low)
+        partial = x.new_empty(many, triangle, blocks.tile, blocks.tile, dtype=torch.float64)
+        rest = x.new_empty(many, d, dtype=torch.float64)
+        gram[(triangle + tiles, many)](
+            x,
+            pieces.order,
+            pieces.start[low:],
+            pieces.end[low:],
+            pieces.group[low:],
+            shift,
+            far,
+            partial,
+            rest,
+            x,
+            x,
+            d,
+            triangle,
+            0,
+            0,
+            *x.stride(),
+            TILE=blocks.tile,
+            ROWS=blocks.rows,
+            FLUSH=blocks.flush,
+            GATHER=pieces.order is not None,
+            WIDE=x.element_size() == 4,
+            EVEN=d % blocks.tile == 0,
+            PRECISION=precision,
+            num_warps=blocks.warps,
+            num_stages=blocks.stages,
+        )
+        where = (pieces.start, pieces.end, pieces.first, pieces.last, low, low + many)
+        _merge[(triangle, groups)](
+            partial, rest, shift, addresses, count, mean, *where, d, triangle, TILE=blocks.tile
+        )
+        _means[(triton.cdiv(d, 256), groups)](rest, shift, count, mean, *where, d, COLUMNS=256)
+        count += _rows_within(pieces, low, low + many)
+
+
+def cut(x: Tensor, group: Tensor | None, groups: int, triangle: int, blocks: Blocks) -> _Pieces:
+    """Pieces of the rows, group by group; some at the end may be empty, as how many there are is not waited for."""
+    n, device = len(x), x.device
+    if group is None:
+        begin, stop = torch.zeros(1, dtype=torch.int64, device=device), torch.full((1,), n, device=device)
+        order, length = None, _piece_rows(n, triangle, blocks, device)
+    else:
+        keys, order = torch.sort(group, stable=True)
+        names = torch.arange(groups, device=device)
+        begin, stop = torch.searchsorted(keys, names), torch.searchsorted(keys, names, right=True)
+        length = blocks.piece
+    needed = (stop - begin + length - 1) // length
+    last = needed.cumsum(0)
+    first = last - needed
+    numbers = torch.arange(triton.cdiv(n, length) + (groups if group is not None else 0), device=device)
+    owner = torch.searchsorted(last, numbers, right=True).clamp_max_(groups - 1)
+    start = begin[owner] + (numbers - first[owner]) * length
+    end = torch.minimum(start + length, stop[owner])
+    return _Pieces(order, start, torch.maximum(start, end), owner, first, last, begin, stop)
+
+
+def _piece_rows(n: int, triangle: int, blocks: Blocks, device: torch.device) -> int:
+    """Rows of a piece, so that all processors have work for several rounds, and a piece is worth its merging."""
+    pieces = min(triton.cdiv(4 * processors(device), triangle), triton.cdiv(n, blocks.piece))
+    return triton.cdiv(triton.cdiv(n, max(1, pieces)), blocks.rows) * blocks.rows
+
+
+def shifts(x: Tensor, pieces: _Pieces, groups: int) -> tuple[Tensor, Tensor]:
+    """What to subtract from the rows of each group, (G, d) float32, in x's own digits; and whether it is not zero, (G,)."""
+    d = x.shape[1]
+    shift = torch.zeros(groups, d, device=x.device)
+    far = torch.zeros(groups, dtype=torch.int32, device=x.device)
+    _shifts[(triton.cdiv(d, 64), groups)](
+        x,
+        pieces.order,
+        pieces.begin,
+        pieces.stop,
+        shift,
+        far,
+        d,
+        *x.stride(),
+        SAMPLE=_SAMPLE,
+        COLUMNS=64,
+        GATHER=pieces.order is not None,
+        WIDE=x.element_size() == 4,
+    )
+    return shift, far
+
+
+def _rows_within(pieces: _Pieces, low: int, high: int) -> Tensor:
+    """(G,) int64: how many rows of each group the pieces low to high have."""
+    sizes = pieces.end[low:high] - pieces.start[low:high]
+    return torch.zeros_like(pieces.first).index_add_(0, pieces.group[low:high], sizes)
 
 
 @triton.jit
-def _moments_update(
+def _shifts(
+    x_ptr,
+    order_ptr,
+    begin_ptr,
+    stop_ptr,
+    shift_ptr,
+    far_ptr,
+    d,
+    row_stride,
+    col_stride,
+    SAMPLE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    GATHER: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    g = tl.program_id(1)
+    columns = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
+    inside = columns < d
+    begin = tl.load(begin_ptr + g)
+    n = tl.load(stop_ptr + g) - begin
+    if n == 0:
+        return
+    # Differences from the first row: of columns far from zero, the spread would drown in the squares.
+    origin = tl.zeros((COLUMNS,), dtype=tl.float32)
+    total = tl.zeros((COLUMNS,), dtype=tl.float32)
+    squares = tl.zeros((COLUMNS,), dtype=tl.float32)
+    taken = tl.minimum(n, SAMPLE)
+    for k in range(taken):
+        row = begin + k * n // taken
+        if GATHER:
+            row = tl.load(order_ptr + row)
+        value = tl.load(x_ptr + row * row_stride + columns * col_stride, mask=inside, other=0.0).to(tl.float32)
+        if k == 0:
+            origin = value
+        total += value - origin
+        squares += (value - origin) * (value - origin)
+    offset = total / taken
+    mean = (origin + offset).to(x_ptr.dtype.element_ty).to(tl.float32)
+    if not WIDE:
+        # Only there is a 16-bit difference exact, and only there is it worth anything.
+        variance = squares / taken - offset * offset
+        mean = tl.where(mean * mean > 16 * variance, mean, 0.0)
+    tl.store(shift_ptr + g * d + columns, mean, mask=inside)
+    if tl.max((mean != 0).to(tl.int32), axis=0) != 0:
+        tl.store(far_ptr + g, 1)
+
+
+@triton.jit
+def _rows(order_ptr, position, end, row_stride, GATHER: tl.constexpr):
+    """Where rows begin."""
+    if GATHER:
+        row = tl.load(order_ptr + position, mask=position < end, other=0)
+    else:
+        row = position
+    return row * row_stride
+
+
+@triton.jit
+def _block(x_ptr, at_row, columns, col_stride, shift, mask, CENTER: tl.constexpr, WIDE: tl.constexpr):
+    """(ROWS, TILE) of x, less the shift."""
+    z = tl.load(x_ptr + at_row[:, None] + (columns * col_stride)[None, :], mask=mask, other=0.0)
+    if CENTER:
+        difference = tl.where(mask, z.to(tl.float32) - shift[None, :], 0.0)
+        z = difference if WIDE else difference.to(z.dtype)
+    return z
+
+
+@triton.jit
+def _product(
     x_ptr,
     order_ptr,
     shift_ptr,
-    rest_ptr,
-    scatter_ptr,
-    n,
+    out,
+    i,
+    j,
+    start,
+    end,
     d,
     row_stride,
     col_stride,
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    FLUSH: tl.constexpr,
+    GATHER: tl.constexpr,
+    CENTER: tl.constexpr,
+    WIDE: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    i, j = tl.program_id(0), tl.program_id(1)
-    if j < i:  # the lower triangle is the mirror image that the program above the diagonal writes
-        return
+    """out (TILE, TILE) float64 = Z_i^T Z_j over the rows start to end."""
     columns_i = (i * TILE + tl.arange(0, TILE)).to(tl.int64)  # times a stride they may pass 2^31
     columns_j = (j * TILE + tl.arange(0, TILE)).to(tl.int64)
-    in_i, in_j = columns_i < d, columns_j < d
-    shift_i = tl.load(shift_ptr + columns_i, mask=in_i, other=0.0)
-    shift_j = tl.load(shift_ptr + columns_j, mask=in_j, other=0.0)
-    scatter = tl.zeros((TILE, TILE), dtype=tl.float64)
-    rest = tl.zeros((TILE,), dtype=tl.float64)
-    for start in range(0, n, ROWS * CHUNK):
+    shift_i = tl.load(shift_ptr + columns_i, mask=columns_i < d, other=0.0)
+    shift_j = tl.load(shift_ptr + columns_j, mask=columns_j < d, other=0.0)
+    for begin in range(start, end, FLUSH):
         short = tl.zeros((TILE, TILE), dtype=tl.float32)
-        for step in range(CHUNK):
-            position = start + step * ROWS + tl.arange(0, ROWS)
-            in_n = position < n
-            row = tl.load(order_ptr + position, mask=in_n, other=0) * row_stride
-            at_i = x_ptr + row[:, None] + columns_i[None, :] * col_stride
-            at_j = x_ptr + row[:, None] + columns_j[None, :] * col_stride
-            mask_i = in_n[:, None] & in_i[None, :]
-            mask_j = in_n[:, None] & in_j[None, :]
-            # The difference in float64: a mean far from zero costs no digits.
-            z_i = tl.where(mask_i, tl.load(at_i, mask=mask_i, other=0.0).to(tl.float64) - shift_i[None, :], 0.0)
-            z_j = tl.where(mask_j, tl.load(at_j, mask=mask_j, other=0.0).to(tl.float64) - shift_j[None, :], 0.0)
-            rest += tl.sum(z_i, axis=0)
-            short += tl.dot(tl.trans(z_i.to(tl.float32)), z_j.to(tl.float32), input_precision="ieee")
-        scatter += short.to(tl.float64)
-    # A tile on the diagonal is mirrored as well: its product may round (i, j) and (j, i) apart.
-    mask = in_i[:, None] & in_j[None, :] & (columns_i[:, None] <= columns_j[None, :])
-    upper = scatter_ptr + columns_i[:, None] * d + columns_j[None, :]
-    lower = scatter_ptr + columns_j[None, :] * d + columns_i[:, None]
-    result = tl.load(upper, mask=mask, other=0.0) + scatter
-    tl.store(upper, result, mask=mask)
-    tl.store(lower, result, mask=mask)
-    if i == j:
-        tl.store(rest_ptr + columns_i, rest, mask=in_i)
+        for position in range(begin, tl.minimum(begin + FLUSH, end), ROWS):
+            positions = position + tl.arange(0, ROWS).to(tl.int64)
+            at_row = _rows(order_ptr, positions, end, row_stride, GATHER)
+            here = (positions < end)[:, None]
+            mask_i = here & (EVEN or (columns_i < d)[None, :])
+            mask_j = here & (EVEN or (columns_j < d)[None, :])
+            z_i = _block(x_ptr, at_row, columns_i, col_stride, shift_i, mask_i, CENTER, WIDE)
+            z_j = _block(x_ptr, at_row, columns_j, col_stride, shift_j, mask_j, CENTER, WIDE)
+            short = multiply(tl.trans(z_i), z_j, short, PRECISION)
+        if begin == start:
+            tl.store(out, short.to(tl.float64))
+        else:
+            tl.store(out, tl.load(out) + short.to(tl.float64))
 
 
-def launch(x: Tensor, count: Tensor, mean: Tensor, scatter: Sequence[Tensor], group: Tensor | None) -> None:
-    """As `loft_fast.ops.moments_update`; x at most 32 bits wide."""
-    d = x.shape[1]
-    tiles = triton.cdiv(d, _TILE)
-    if group is None:
-        order = torch.arange(len(x), device=x.device)
-        sizes = [len(x)]
+@triton.jit
+def gram(
+    x_ptr,
+    order_ptr,
+    start_ptr,
+    end_ptr,
+    group_ptr,
+    shift_ptr,
+    far_ptr,
+    partial_ptr,
+    rest_ptr,
+    image_ptr,
+    scores_ptr,
+    d,
+    triangle,
+    cross,
+    rank,
+    row_stride,
+    col_stride,
+    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    FLUSH: tl.constexpr,
+    GATHER: tl.constexpr,
+    WIDE: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Of one piece of rows: products of two blocks of columns, or of one with the scores, or the sums of one block.
+
+    Programs along the first axis: `triangle` tiles of the scatter, `cross` tiles of the image (moments_update_project),
+    and the rest for sums. Consecutive programs read the same rows, which the second-level cache then has.
+    """
+    t, piece = tl.program_id(0), tl.program_id(1)
+    start, end = tl.load(start_ptr + piece), tl.load(end_ptr + piece)
+    if start == end:
+        return
+    group = tl.load(group_ptr + piece)
+    shift_ptr += group * d
+    square = tl.arange(0, TILE)[:, None] * TILE + tl.arange(0, TILE)[None, :]
+    if t < triangle:
+        i, j = triangle_tile(t)
+        out = partial_ptr + (piece.to(tl.int64) * triangle + t) * TILE * TILE + square
+        if WIDE or tl.load(far_ptr + group) != 0:
+            _product(
+                x_ptr, order_ptr, shift_ptr, out, i, j, start, end, d, row_stride, col_stride,
+                TILE, ROWS, FLUSH, GATHER, True, WIDE, EVEN, PRECISION,
+            )  # fmt: skip
+        else:
+            _product(
+                x_ptr, order_ptr, shift_ptr, out, i, j, start, end, d, row_stride, col_stride,
+                TILE, ROWS, FLUSH, GATHER, False, WIDE, EVEN, PRECISION,
+            )  # fmt: skip
+    elif t < triangle + cross:
+        _image(
+            x_ptr, shift_ptr, scores_ptr, image_ptr + piece.to(tl.int64) * d * rank, t - triangle, start, end, d, rank,
+            row_stride, col_stride, TILE, ROWS, FLUSH, PRECISION,
+        )  # fmt: skip
     else:
-        order = torch.argsort(group, stable=True)
-        sizes = torch.bincount(group, minlength=len(scatter)).tolist()
-    start = 0
-    for g, n in enumerate(sizes):
-        if n:
-            rows = order[start : start + n]
-            center = _mean(x, rows)
-            rest = torch.empty_like(center)
-            _moments_update[(tiles, tiles)](
-                x,
-                rows,
-                center,
-                rest,
-                scatter[g],
-                n,
-                d,
-                *x.stride(),
-                TILE=_TILE,
-                ROWS=_ROWS,
-                CHUNK=_CHUNK,
+        columns = ((t - triangle - cross) * TILE + tl.arange(0, TILE)).to(tl.int64)
+        inside = columns < d
+        shift = tl.load(shift_ptr + columns, mask=inside, other=0.0).to(tl.float64)
+        rest = tl.zeros((TILE,), dtype=tl.float64)
+        for position in range(start, end, ROWS):
+            positions = position + tl.arange(0, ROWS).to(tl.int64)
+            at_row = _rows(order_ptr, positions, end, row_stride, GATHER)
+            mask = (positions < end)[:, None] & inside[None, :]
+            z = tl.load(x_ptr + at_row[:, None] + (columns * col_stride)[None, :], mask=mask, other=0.0)
+            rest += tl.sum(tl.where(mask, z.to(tl.float64) - shift[None, :], 0.0), axis=0)
+        tl.store(rest_ptr + piece.to(tl.int64) * d + columns, rest, mask=inside)
+
+
+@triton.jit
+def _image(
+    x_ptr,
+    shift_ptr,
+    scores_ptr,
+    out_ptr,
+    t,
+    start,
+    end,
+    d,
+    rank,
+    row_stride,
+    col_stride,
+    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    FLUSH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A tile of out (d, rank) float64 = Z^T scores over the rows start to end; scores (n, rank) float32, row by row."""
+    wide = tl.cdiv(rank, TILE)
+    columns = ((t // wide) * TILE + tl.arange(0, TILE)).to(tl.int64)
+    vectors = (t % wide) * TILE + tl.arange(0, TILE)
+    shift = tl.load(shift_ptr + columns, mask=columns < d, other=0.0)
+    mask = (columns < d)[:, None] & (vectors < rank)[None, :]
+    out = out_ptr + columns[:, None] * rank + vectors[None, :]
+    for begin in range(start, end, FLUSH):
+        short = tl.zeros((TILE, TILE), dtype=tl.float32)
+        for position in range(begin, tl.minimum(begin + FLUSH, end), ROWS):
+            positions = position + tl.arange(0, ROWS).to(tl.int64)
+            here = (positions < end)[:, None]
+            z = _block(
+                x_ptr, positions * row_stride, columns, col_stride, shift, here & (columns < d)[None, :], True, True
             )
-            settle(n, center, rest, count[g], mean[g], scatter[g])
-        start += n
+            score = tl.load(
+                scores_ptr + positions[:, None] * rank + vectors[None, :],
+                mask=here & (vectors < rank)[None, :],
+                other=0.0,
+            )
+            short = multiply(tl.trans(z), score, short, PRECISION)
+        if begin == start:
+            tl.store(out, short.to(tl.float64), mask=mask)
+        else:
+            tl.store(out, tl.load(out, mask=mask, other=0.0) + short.to(tl.float64), mask=mask)
 
 
-def _mean(x: Tensor, rows: Tensor) -> Tensor:
-    return torch.stack([x[part].double().sum(0) for part in rows.split(_COPIED)]).sum(0) / len(rows)
+@triton.jit
+def _range(start_ptr, end_ptr, first_ptr, last_ptr, g, low, high):
+    """The pieces of group g among low to high, and how many rows they have."""
+    first, last = tl.maximum(tl.load(first_ptr + g), low), tl.minimum(tl.load(last_ptr + g), high)
+    n = tl.zeros((), dtype=tl.int64)
+    for piece in range(first, last):
+        n += tl.load(end_ptr + piece) - tl.load(start_ptr + piece)
+    return first, last, n
+
+
+@triton.jit
+def _rest(rest_ptr, first, last, low, columns, d):
+    """Sum over pieces of what is left after the shift."""
+    total = tl.zeros(columns.shape, dtype=tl.float64)
+    for piece in range(first, last):
+        total += tl.load(rest_ptr + (piece - low) * d + columns, mask=columns < d, other=0.0)
+    return total
+
+
+@triton.jit
+def _merge(
+    partial_ptr,
+    rest_ptr,
+    shift_ptr,
+    scatter_ptr,
+    count_ptr,
+    mean_ptr,
+    start_ptr,
+    end_ptr,
+    first_ptr,
+    last_ptr,
+    low,
+    high,
+    d,
+    triangle,
+    TILE: tl.constexpr,
+):
+    """Add the scatter of a group's pieces to its state (Chan, Golub, LeVeque), both triangles."""
+    t, g = tl.program_id(0), tl.program_id(1)
+    first, last, n = _range(start_ptr, end_ptr, first_ptr, last_ptr, g, low, high)
+    if n == 0:
+        return
+    i, j = triangle_tile(t)
+    columns_i = (i * TILE + tl.arange(0, TILE)).to(tl.int64)
+    columns_j = (j * TILE + tl.arange(0, TILE)).to(tl.int64)
+    square = tl.arange(0, TILE)[:, None] * TILE + tl.arange(0, TILE)[None, :]
+    added = tl.zeros((TILE, TILE), dtype=tl.float64)
+    for piece in range(first, last):
+        added += tl.load(partial_ptr + ((piece - low) * triangle + t) * TILE * TILE + square)
+    rest_i = _rest(rest_ptr, first, last, low, columns_i, d)
+    rest_j = _rest(rest_ptr, first, last, low, columns_j, d)
+    new, old = n.to(tl.float64), tl.load(count_ptr + g).to(tl.float64)
+    delta_i = _delta(shift_ptr, mean_ptr, rest_i / new, g, columns_i, d)
+    delta_j = _delta(shift_ptr, mean_ptr, rest_j / new, g, columns_j, d)
+    added -= rest_i[:, None] * (rest_j / new)[None, :]
+    added += delta_i[:, None] * (delta_j * (old * new / (old + new)))[None, :]
+    # A tile on the diagonal is mirrored as well: its product may round (i, j) and (j, i) apart.
+    mask = (columns_j < d)[None, :] & (columns_i[:, None] <= columns_j[None, :])
+    matrix = tl.load(scatter_ptr + g).to(tl.pointer_type(tl.float64))
+    upper = matrix + columns_i[:, None] * d + columns_j[None, :]
+    added += tl.load(upper, mask=mask, other=0.0)
+    tl.store(upper, added, mask=mask)
+    tl.store(matrix + columns_j[None, :] * d + columns_i[:, None], added, mask=mask)
+
+
+@triton.jit
+def _delta(shift_ptr, mean_ptr, offset, g, columns, d):
+    """From the mean of the state to that of the pieces."""
+    shift = tl.load(shift_ptr + g * d + columns, mask=columns < d, other=0.0).to(tl.float64)
+    return (shift - tl.load(mean_ptr + g * d + columns, mask=columns < d, other=0.0)) + offset
+
+
+@triton.jit
+def _means(
+    rest_ptr,
+    shift_ptr,
+    count_ptr,
+    mean_ptr,
+    start_ptr,
+    end_ptr,
+    first_ptr,
+    last_ptr,
+    low,
+    high,
+    d,
+    COLUMNS: tl.constexpr,
+):
+    """The mean of each state, after its scatter; before its count."""
+    g = tl.program_id(1)
+    first, last, n = _range(start_ptr, end_ptr, first_ptr, last_ptr, g, low, high)
+    if n == 0:
+        return
+    columns = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
+    new, old = n.to(tl.float64), tl.load(count_ptr + g).to(tl.float64)
+    delta = _delta(shift_ptr, mean_ptr, _rest(rest_ptr, first, last, low, columns, d) / new, g, columns, d)
+    at = mean_ptr + g * d + columns
+    tl.store(at, tl.load(at, mask=columns < d, other=0.0) + delta * (new / (old + new)), mask=columns < d)

@@ -1,0 +1,29 @@
+"""What several kernels share: the order of the tiles of a triangle, and one product of two blocks."""
+
+import triton
+import triton.language as tl
+
+from loft_fast.backends import interpreting
+
+_INTERPRETED = tl.constexpr(interpreting())
+
+
+@triton.jit
+def triangle_tile(t):
+    """Row and column, i <= j, of tile t of an upper triangle, column by column."""
+    j = ((tl.sqrt(8.0 * t + 1.0) - 1.0) / 2.0).to(tl.int32)
+    j = tl.where(j * (j + 1) // 2 > t, j - 1, j)  # the root is rounded
+    j = tl.where((j + 1) * (j + 2) // 2 <= t, j + 1, j)
+    return t - j * (j + 1) // 2, j
+
+
+@triton.jit
+def multiply(a, b, total, PRECISION: tl.constexpr):
+    """total + a b, in float32; 16-bit blocks as they are, 32-bit ones by PRECISION: "ieee", "tf32x3", "tf32", "bf16"."""
+    if a.dtype == tl.float32 and PRECISION == "bf16":
+        a, b = a.to(tl.bfloat16), b.to(tl.bfloat16)
+    if _INTERPRETED:  # it multiplies the bits of bfloat16 as integers
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    if a.dtype == tl.float32:
+        return tl.dot(a, b, total, input_precision="ieee" if _INTERPRETED else PRECISION)
+    return tl.dot(a, b, total)
