@@ -18,7 +18,7 @@ class Blocks:
     """Sizes of one launch.
 
     Attributes:
-        tile: columns a side. rows: how many are multiplied at a time. warps, stages: as in Triton.
+        tile: rows or columns a side. rows: how many are multiplied at a time. warps, stages: as in Triton.
         flush: multiplications summed in float32 before they go to float64.
         piece: rows that are worth a program of their own.
     """
@@ -31,19 +31,37 @@ class Blocks:
     piece: int = 4096
 
 
-def blocks_for(op: str, dtype: torch.dtype, d: int) -> Blocks:
-    """The first line of the table that fits: of this op, this dtype, and at least this many columns."""
+def blocks_for(op: str, dtype: torch.dtype, d: int, device: torch.device) -> Blocks:
+    """The first line of the table that fits: of this op and dtype, for as many columns, and for such a device."""
+    return lines_for(op, dtype, d, capability(device))[0]
+
+
+def lines_for(op: str, dtype: torch.dtype, d: int, capability: int) -> list[Blocks]:
+    """All lines that fit, best first."""
     name = str(dtype).removeprefix("torch.")
-    for line in table()["blocks"]:
-        if line["op"] == op and name in line["dtypes"] and d <= (line["most_columns"] or d):
-            return Blocks(**line["sizes"])
-    raise KeyError(f"{_TABLE.name} has no line for {op}, {name}, d = {d}")
+    return [
+        Blocks(**line["sizes"])
+        for line in table()["blocks"]
+        if line["op"] == op
+        and name in line["dtypes"]
+        and d <= (line["most_columns"] or d)
+        and capability >= line["capability"]
+    ]
 
 
 @cache
 def table() -> dict[str, Any]:
     """Device and date of the measurement (null: never measured), and lines by op."""
     return json.loads(_TABLE.read_text())
+
+
+@cache
+def capability(device: torch.device) -> int:
+    """90 for a Hopper; 0 where kernels are interpreted."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 @cache

@@ -8,7 +8,7 @@ mean, 16-bit rows as they are or, where a column lies far from zero, as a differ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,10 +20,11 @@ from loft_fast.kernels.choice import Blocks, blocks_for, processors
 from loft_fast.kernels.tiles import multiply, triangle_tile
 
 _SAMPLE = 256  # rows of a group that tell where its mean is, spread over all of them
+_STRIP = 16  # rows of a tile that one program merges: as many float64 numbers as registers hold
 _WORKSPACE = 256 << 20  # bytes of partial results at a time
 
 
-class _Pieces(NamedTuple):
+class Pieces(NamedTuple):
     """Rows order[start:end] of one group each; without an order, x[start:end]."""
 
     order: Tensor | None
@@ -56,18 +57,45 @@ def launch(
         blocks: sizes; None: from the table.
     """
     d, groups = x.shape[1], len(scatter)
-    blocks = blocks or blocks_for("moments_update", x.dtype, d)
+    blocks = blocks or blocks_for("moments_update", x.dtype, d, x.device)
     precision = precision or "tf32x3"
     tiles = triton.cdiv(d, blocks.tile)
     triangle = tiles * (tiles + 1) // 2
     pieces = cut(x, group, groups, triangle, blocks)
     shift, far = shifts(x, pieces, groups)
     addresses = torch.tensor([matrix.data_ptr() for matrix in scatter], dtype=torch.int64, device=x.device)
-    at_once = max(1, _WORKSPACE // (triangle * blocks.tile**2 * 8))
+    for low, high in ranges(pieces, triangle * blocks.tile**2 * 8):
+        update(x, pieces, low, high, shift, far, addresses, count, mean, precision, blocks)
+
+
+def ranges(pieces: Pieces, size: int) -> Iterator[tuple[int, int]]:
+    """From which piece to which at a time, where the results of one take `size` bytes."""
+    at_once = max(1, _WORKSPACE // size)
     for low in range(0, len(pieces), at_once):
-        many = min(at_once, len(pieces) - low)
-        partial = x.new_empty(many, triangle, blocks.tile, blocks.tile, dtype=torch.float64)
-        rest = x.new_empty(many, d, dtype=torch.float64)
+        yield low, min(low + at_once, len(pieces))
+
+
+def update(
+    x: Tensor,
+    pieces: Pieces,
+    low: int,
+    high: int,
+    shift: Tensor,
+    far: Tensor,
+    addresses: Tensor | None,
+    count: Tensor,
+    mean: Tensor,
+    precision: str,
+    blocks: Blocks,
+) -> None:
+    """Merge the pieces low to high into states; without addresses of scatters, into counts and means alone."""
+    d, groups, many = x.shape[1], len(count), high - low
+    tiles = triton.cdiv(d, blocks.tile)
+    triangle = tiles * (tiles + 1) // 2 if addresses is not None else 0
+    partial = x.new_empty(many, triangle, blocks.tile, blocks.tile, dtype=torch.float64)
+    rest = x.new_empty(many, d, dtype=torch.float64)
+    wide = x.element_size() == 4
+    for center in (True,) if wide else (False, True):
         gram[(triangle + tiles, many)](
             x,
             pieces.order,
@@ -78,32 +106,31 @@ def launch(
             far,
             partial,
             rest,
-            x,
-            x,
             d,
             triangle,
-            0,
-            0,
             *x.stride(),
             TILE=blocks.tile,
             ROWS=blocks.rows,
             FLUSH=blocks.flush,
             GATHER=pieces.order is not None,
-            WIDE=x.element_size() == 4,
+            CENTER=center,
+            WIDE=wide,
             EVEN=d % blocks.tile == 0,
             PRECISION=precision,
             num_warps=blocks.warps,
             num_stages=blocks.stages,
         )
-        where = (pieces.start, pieces.end, pieces.first, pieces.last, low, low + many)
-        _merge[(triangle, groups)](
-            partial, rest, shift, addresses, count, mean, *where, d, triangle, TILE=blocks.tile
+    where = (pieces.start, pieces.end, pieces.first, pieces.last, low, high)
+    if triangle:
+        strip = min(blocks.tile, _STRIP)
+        merge[(triangle * (blocks.tile // strip), groups)](
+            partial, rest, shift, addresses, count, mean, *where, d, triangle, TILE=blocks.tile, STRIP=strip
         )
-        _means[(triton.cdiv(d, 256), groups)](rest, shift, count, mean, *where, d, COLUMNS=256)
-        count += _rows_within(pieces, low, low + many)
+    means[(triton.cdiv(d, 256), groups)](rest, shift, count, mean, *where, d, COLUMNS=256)
+    count += _rows_within(pieces, low, high)
 
 
-def cut(x: Tensor, group: Tensor | None, groups: int, triangle: int, blocks: Blocks) -> _Pieces:
+def cut(x: Tensor, group: Tensor | None, groups: int, triangle: int, blocks: Blocks) -> Pieces:
     """Pieces of the rows, group by group; some at the end may be empty, as how many there are is not waited for."""
     n, device = len(x), x.device
     if group is None:
@@ -121,7 +148,7 @@ def cut(x: Tensor, group: Tensor | None, groups: int, triangle: int, blocks: Blo
     owner = torch.searchsorted(last, numbers, right=True).clamp_max_(groups - 1)
     start = begin[owner] + (numbers - first[owner]) * length
     end = torch.minimum(start + length, stop[owner])
-    return _Pieces(order, start, torch.maximum(start, end), owner, first, last, begin, stop)
+    return Pieces(order, start, torch.maximum(start, end), owner, first, last, begin, stop)
 
 
 def _piece_rows(n: int, triangle: int, blocks: Blocks, device: torch.device) -> int:
@@ -130,12 +157,12 @@ def _piece_rows(n: int, triangle: int, blocks: Blocks, device: torch.device) -> 
     return triton.cdiv(triton.cdiv(n, max(1, pieces)), blocks.rows) * blocks.rows
 
 
-def shifts(x: Tensor, pieces: _Pieces, groups: int) -> tuple[Tensor, Tensor]:
+def shifts(x: Tensor, pieces: Pieces, groups: int) -> tuple[Tensor, Tensor]:
     """What to subtract from the rows of each group, (G, d) float32, in x's own digits; and whether it is not zero, (G,)."""
     d = x.shape[1]
     shift = torch.zeros(groups, d, device=x.device)
     far = torch.zeros(groups, dtype=torch.int32, device=x.device)
-    _shifts[(triton.cdiv(d, 64), groups)](
+    sample[(triton.cdiv(d, 64), groups)](
         x,
         pieces.order,
         pieces.begin,
@@ -152,14 +179,14 @@ def shifts(x: Tensor, pieces: _Pieces, groups: int) -> tuple[Tensor, Tensor]:
     return shift, far
 
 
-def _rows_within(pieces: _Pieces, low: int, high: int) -> Tensor:
+def _rows_within(pieces: Pieces, low: int, high: int) -> Tensor:
     """(G,) int64: how many rows of each group the pieces low to high have."""
     sizes = pieces.end[low:high] - pieces.start[low:high]
     return torch.zeros_like(pieces.first).index_add_(0, pieces.group[low:high], sizes)
 
 
 @triton.jit
-def _shifts(
+def sample(
     x_ptr,
     order_ptr,
     begin_ptr,
@@ -217,57 +244,13 @@ def _rows(order_ptr, position, end, row_stride, GATHER: tl.constexpr):
 
 
 @triton.jit
-def _block(x_ptr, at_row, columns, col_stride, shift, mask, CENTER: tl.constexpr, WIDE: tl.constexpr):
+def block(x_ptr, at_row, columns, col_stride, shift, mask, CENTER: tl.constexpr, WIDE: tl.constexpr):
     """(ROWS, TILE) of x, less the shift."""
     z = tl.load(x_ptr + at_row[:, None] + (columns * col_stride)[None, :], mask=mask, other=0.0)
     if CENTER:
         difference = tl.where(mask, z.to(tl.float32) - shift[None, :], 0.0)
         z = difference if WIDE else difference.to(z.dtype)
     return z
-
-
-@triton.jit
-def _product(
-    x_ptr,
-    order_ptr,
-    shift_ptr,
-    out,
-    i,
-    j,
-    start,
-    end,
-    d,
-    row_stride,
-    col_stride,
-    TILE: tl.constexpr,
-    ROWS: tl.constexpr,
-    FLUSH: tl.constexpr,
-    GATHER: tl.constexpr,
-    CENTER: tl.constexpr,
-    WIDE: tl.constexpr,
-    EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """out (TILE, TILE) float64 = Z_i^T Z_j over the rows start to end."""
-    columns_i = (i * TILE + tl.arange(0, TILE)).to(tl.int64)  # times a stride they may pass 2^31
-    columns_j = (j * TILE + tl.arange(0, TILE)).to(tl.int64)
-    shift_i = tl.load(shift_ptr + columns_i, mask=columns_i < d, other=0.0)
-    shift_j = tl.load(shift_ptr + columns_j, mask=columns_j < d, other=0.0)
-    for begin in range(start, end, FLUSH):
-        short = tl.zeros((TILE, TILE), dtype=tl.float32)
-        for position in range(begin, tl.minimum(begin + FLUSH, end), ROWS):
-            positions = position + tl.arange(0, ROWS).to(tl.int64)
-            at_row = _rows(order_ptr, positions, end, row_stride, GATHER)
-            here = (positions < end)[:, None]
-            mask_i = here & (EVEN or (columns_i < d)[None, :])
-            mask_j = here & (EVEN or (columns_j < d)[None, :])
-            z_i = _block(x_ptr, at_row, columns_i, col_stride, shift_i, mask_i, CENTER, WIDE)
-            z_j = _block(x_ptr, at_row, columns_j, col_stride, shift_j, mask_j, CENTER, WIDE)
-            short = multiply(tl.trans(z_i), z_j, short, PRECISION)
-        if begin == start:
-            tl.store(out, short.to(tl.float64))
-        else:
-            tl.store(out, tl.load(out) + short.to(tl.float64))
 
 
 @triton.jit
@@ -281,109 +264,67 @@ def gram(
     far_ptr,
     partial_ptr,
     rest_ptr,
-    image_ptr,
-    scores_ptr,
     d,
     triangle,
-    cross,
-    rank,
     row_stride,
     col_stride,
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
     FLUSH: tl.constexpr,
     GATHER: tl.constexpr,
+    CENTER: tl.constexpr,
     WIDE: tl.constexpr,
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Of one piece of rows: products of two blocks of columns, or of one with the scores, or the sums of one block.
+    """Of one piece of rows: a tile of Z^T Z, or the sums of a block of columns.
 
-    Programs along the first axis: `triangle` tiles of the scatter, `cross` tiles of the image (moments_update_project),
-    and the rest for sums. Consecutive programs read the same rows, which the second-level cache then has.
+    `triangle` programs along the first axis are tiles, the rest sums. Consecutive programs read the same rows, which
+    the second-level cache then has. CENTER serves groups that are far from zero, and the other version the rest.
     """
     t, piece = tl.program_id(0), tl.program_id(1)
     start, end = tl.load(start_ptr + piece), tl.load(end_ptr + piece)
     if start == end:
         return
     group = tl.load(group_ptr + piece)
+    if not WIDE:
+        if (tl.load(far_ptr + group) != 0) != CENTER:
+            return
     shift_ptr += group * d
-    square = tl.arange(0, TILE)[:, None] * TILE + tl.arange(0, TILE)[None, :]
     if t < triangle:
         i, j = triangle_tile(t)
+        columns_i = (i * TILE + tl.arange(0, TILE)).to(tl.int64)  # times a stride they may pass 2^31
+        columns_j = (j * TILE + tl.arange(0, TILE)).to(tl.int64)
+        shift_i = tl.load(shift_ptr + columns_i, mask=columns_i < d, other=0.0)
+        shift_j = tl.load(shift_ptr + columns_j, mask=columns_j < d, other=0.0)
+        square = tl.arange(0, TILE)[:, None] * TILE + tl.arange(0, TILE)[None, :]
         out = partial_ptr + (piece.to(tl.int64) * triangle + t) * TILE * TILE + square
-        if WIDE or tl.load(far_ptr + group) != 0:
-            _product(
-                x_ptr, order_ptr, shift_ptr, out, i, j, start, end, d, row_stride, col_stride,
-                TILE, ROWS, FLUSH, GATHER, True, WIDE, EVEN, PRECISION,
-            )  # fmt: skip
-        else:
-            _product(
-                x_ptr, order_ptr, shift_ptr, out, i, j, start, end, d, row_stride, col_stride,
-                TILE, ROWS, FLUSH, GATHER, False, WIDE, EVEN, PRECISION,
-            )  # fmt: skip
-    elif t < triangle + cross:
-        _image(
-            x_ptr, shift_ptr, scores_ptr, image_ptr + piece.to(tl.int64) * d * rank, t - triangle, start, end, d, rank,
-            row_stride, col_stride, TILE, ROWS, FLUSH, PRECISION,
-        )  # fmt: skip
+        for begin in range(start, end, FLUSH):
+            short = tl.zeros((TILE, TILE), dtype=tl.float32)
+            for position in range(begin, tl.minimum(begin + FLUSH, end), ROWS):
+                positions = position + tl.arange(0, ROWS).to(tl.int64)
+                at_row = _rows(order_ptr, positions, end, row_stride, GATHER)
+                here = (positions < end)[:, None]
+                mask_i = here & (EVEN or (columns_i < d)[None, :])
+                mask_j = here & (EVEN or (columns_j < d)[None, :])
+                z_i = block(x_ptr, at_row, columns_i, col_stride, shift_i, mask_i, CENTER, WIDE)
+                z_j = block(x_ptr, at_row, columns_j, col_stride, shift_j, mask_j, CENTER, WIDE)
+                short = multiply(tl.trans(z_i), z_j, short, PRECISION)
+            # Nothing is there yet the first time: begin - start is zero, and no element below it.
+            before = tl.load(out, mask=square < (begin - start) * TILE * TILE, other=0.0)
+            tl.store(out, before + short.to(tl.float64))
     else:
-        columns = ((t - triangle - cross) * TILE + tl.arange(0, TILE)).to(tl.int64)
+        columns = ((t - triangle) * TILE + tl.arange(0, TILE)).to(tl.int64)
         inside = columns < d
         shift = tl.load(shift_ptr + columns, mask=inside, other=0.0).to(tl.float64)
         rest = tl.zeros((TILE,), dtype=tl.float64)
-        for position in range(start, end, ROWS):
-            positions = position + tl.arange(0, ROWS).to(tl.int64)
+        for position in range(start, end, 8):
+            positions = position + tl.arange(0, 8).to(tl.int64)
             at_row = _rows(order_ptr, positions, end, row_stride, GATHER)
             mask = (positions < end)[:, None] & inside[None, :]
             z = tl.load(x_ptr + at_row[:, None] + (columns * col_stride)[None, :], mask=mask, other=0.0)
             rest += tl.sum(tl.where(mask, z.to(tl.float64) - shift[None, :], 0.0), axis=0)
         tl.store(rest_ptr + piece.to(tl.int64) * d + columns, rest, mask=inside)
-
-
-@triton.jit
-def _image(
-    x_ptr,
-    shift_ptr,
-    scores_ptr,
-    out_ptr,
-    t,
-    start,
-    end,
-    d,
-    rank,
-    row_stride,
-    col_stride,
-    TILE: tl.constexpr,
-    ROWS: tl.constexpr,
-    FLUSH: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """A tile of out (d, rank) float64 = Z^T scores over the rows start to end; scores (n, rank) float32, row by row."""
-    wide = tl.cdiv(rank, TILE)
-    columns = ((t // wide) * TILE + tl.arange(0, TILE)).to(tl.int64)
-    vectors = (t % wide) * TILE + tl.arange(0, TILE)
-    shift = tl.load(shift_ptr + columns, mask=columns < d, other=0.0)
-    mask = (columns < d)[:, None] & (vectors < rank)[None, :]
-    out = out_ptr + columns[:, None] * rank + vectors[None, :]
-    for begin in range(start, end, FLUSH):
-        short = tl.zeros((TILE, TILE), dtype=tl.float32)
-        for position in range(begin, tl.minimum(begin + FLUSH, end), ROWS):
-            positions = position + tl.arange(0, ROWS).to(tl.int64)
-            here = (positions < end)[:, None]
-            z = _block(
-                x_ptr, positions * row_stride, columns, col_stride, shift, here & (columns < d)[None, :], True, True
-            )
-            score = tl.load(
-                scores_ptr + positions[:, None] * rank + vectors[None, :],
-                mask=here & (vectors < rank)[None, :],
-                other=0.0,
-            )
-            short = multiply(tl.trans(z), score, short, PRECISION)
-        if begin == start:
-            tl.store(out, short.to(tl.float64), mask=mask)
-        else:
-            tl.store(out, tl.load(out, mask=mask, other=0.0) + short.to(tl.float64), mask=mask)
 
 
 @triton.jit
@@ -406,7 +347,7 @@ def _rest(rest_ptr, first, last, low, columns, d):
 
 
 @triton.jit
-def _merge(
+def merge(
     partial_ptr,
     rest_ptr,
     shift_ptr,
@@ -422,19 +363,21 @@ def _merge(
     d,
     triangle,
     TILE: tl.constexpr,
+    STRIP: tl.constexpr,
 ):
-    """Add the scatter of a group's pieces to its state (Chan, Golub, LeVeque), both triangles."""
-    t, g = tl.program_id(0), tl.program_id(1)
+    """Add the scatter of a group's pieces to its state (Chan, Golub, LeVeque), both triangles: STRIP rows of a tile."""
+    t, part, g = tl.program_id(0) % triangle, tl.program_id(0) // triangle, tl.program_id(1)
     first, last, n = _range(start_ptr, end_ptr, first_ptr, last_ptr, g, low, high)
     if n == 0:
         return
     i, j = triangle_tile(t)
-    columns_i = (i * TILE + tl.arange(0, TILE)).to(tl.int64)
+    rows = part * STRIP + tl.arange(0, STRIP)
+    columns_i = (i * TILE + rows).to(tl.int64)
     columns_j = (j * TILE + tl.arange(0, TILE)).to(tl.int64)
-    square = tl.arange(0, TILE)[:, None] * TILE + tl.arange(0, TILE)[None, :]
-    added = tl.zeros((TILE, TILE), dtype=tl.float64)
+    within = rows[:, None] * TILE + tl.arange(0, TILE)[None, :]
+    added = tl.zeros((STRIP, TILE), dtype=tl.float64)
     for piece in range(first, last):
-        added += tl.load(partial_ptr + ((piece - low) * triangle + t) * TILE * TILE + square)
+        added += tl.load(partial_ptr + ((piece - low) * triangle + t) * TILE * TILE + within)
     rest_i = _rest(rest_ptr, first, last, low, columns_i, d)
     rest_j = _rest(rest_ptr, first, last, low, columns_j, d)
     new, old = n.to(tl.float64), tl.load(count_ptr + g).to(tl.float64)
@@ -448,7 +391,8 @@ def _merge(
     upper = matrix + columns_i[:, None] * d + columns_j[None, :]
     added += tl.load(upper, mask=mask, other=0.0)
     tl.store(upper, added, mask=mask)
-    tl.store(matrix + columns_j[None, :] * d + columns_i[:, None], added, mask=mask)
+    lower = (columns_j < d)[:, None] & (columns_j[:, None] > columns_i[None, :])
+    tl.store(matrix + columns_j[:, None] * d + columns_i[None, :], tl.trans(added), mask=lower)
 
 
 @triton.jit
@@ -459,7 +403,7 @@ def _delta(shift_ptr, mean_ptr, offset, g, columns, d):
 
 
 @triton.jit
-def _means(
+def means(
     rest_ptr,
     shift_ptr,
     count_ptr,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from loft_fast import GroupedMoments, Moments
+from loft_fast import GroupedMoments, Moments, backends
 
 # Read when Triton is imported, which loft_fast does at the first call. With a GPU the kernels run there instead.
 if not torch.cuda.is_available():
@@ -26,6 +26,21 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "tests"))
 def networks(tmp_path_factory):
     """A folder for trained networks: every one is trained once."""
     return tmp_path_factory.mktemp("networks")
+
+
+@pytest.fixture
+def use(monkeypatch):
+    """Ask for a backend of an op; returns the device that it computes on."""
+
+    def ask(op, backend, dtype):
+        if backend not in backends.available():
+            pytest.skip(f"{backend} is not available here")
+        device = "cuda" if backend == "triton" and not backends.interpreting() else "cpu"
+        monkeypatch.setenv(backends.VARIABLE, backend)
+        assert backends.choose(op, device, dtype) == backend
+        return device
+
+    return ask
 
 
 def normal(*shape, mean=0.0, std=1.0, seed=0, dtype=torch.float64):

@@ -1,5 +1,6 @@
 """Every backend of ops.moments_update against outer products summed row by row."""
 
+import functools
 import importlib.util
 import shutil
 import subprocess
@@ -35,18 +36,9 @@ each_backend = pytest.mark.parametrize(("backend", "dtype"), CASES, ids=str)
 
 
 @pytest.fixture
-def use(monkeypatch):
+def use(use):
     """Ask for a backend; returns the device that it computes on."""
-
-    def ask(backend, dtype):
-        if backend not in backends.available():
-            pytest.skip(f"{backend} is not available here")
-        device = "cuda" if backend == "triton" and not backends.interpreting() else "cpu"
-        monkeypatch.setenv(backends.VARIABLE, backend)
-        assert backends.choose("moments_update", device, dtype) == backend
-        return device
-
-    return ask
+    return functools.partial(use, "moments_update")
 
 
 SEEN = 7  # rows of the state that an update has to merge into

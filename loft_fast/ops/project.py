@@ -107,4 +107,11 @@ def _native(x: Tensor, basis: Tensor, center: Tensor) -> Tensor:
     return out
 
 
+@backends.implements(_OP, "triton", devices=("cuda",), dtypes=(torch.float16, torch.bfloat16, torch.float32))
+def _triton(x: Tensor, basis: Tensor, center: Tensor) -> Tensor:
+    from loft_fast.kernels import project as kernel
+
+    return kernel.launch(x, basis, center)
+
+
 backends.implements(_OP, "torch")(_plain)

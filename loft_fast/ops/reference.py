@@ -74,6 +74,43 @@ def project(x: Tensor, basis: Tensor, center: Tensor) -> Tensor:
     return torch.addmm(center, (x - center) @ basis, basis.T)
 
 
+def symmetric_matmul(x: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """alpha X Y + beta X + gamma I, exactly symmetric; and (B, 2): its trace and the sum of its squares.
+
+    Args:
+        x, y: (B, d, d), symmetric and commuting; scale: (B, 3), the three factors. All of one dtype.
+    """
+    alpha, beta, gamma = (factor.view(-1, 1, 1) for factor in scale.unbind(1))
+    product = alpha * (x @ y)
+    product += beta * x
+    product.diagonal(dim1=1, dim2=2).add_(gamma.squeeze(2))
+    out = product.triu() + product.triu(1).mT
+    wide = out.double()
+    return out, torch.stack([wide.diagonal(dim1=1, dim2=2).sum(1), wide.square().sum((1, 2))], 1)
+
+
+def moments_update_project(
+    x: Tensor, count: Tensor, mean: Tensor, scatter: list[Tensor], basis: Tensor, center: Tensor, image: Tensor
+) -> None:
+    """Merge rows into moments, and add sum (x_i - center)(x_i - center)^T basis to image.
+
+    Args:
+        x: (n, d) rows, any float dtype. basis: (d, s); center: (d,).
+        count: (1,) int64; mean: (1, d) float64; scatter: at most one (d, d) float64; image: (d, s) float64. All are
+            updated in place.
+    """
+    for rows in x.split(_ROWS):
+        block = rows.double()
+        z = block - center.double()
+        image += z.T @ (z @ basis.double())
+        if not scatter:
+            n = len(block)
+            mean[0] += (block.mean(0) - mean[0]) * (n / (count[0].double() + n))
+            count += n
+    if scatter:
+        moments_update(x, count, mean, scatter)
+
+
 def symmetric_sum(out: Tensor, matrices: list[Tensor]) -> None:
     """out = its upper triangle, mirrored, and `matrices` one after another; all (d, d) float64."""
     out.copy_(out.triu() + out.triu(1).T)

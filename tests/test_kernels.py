@@ -1,0 +1,114 @@
+"""Triton kernels beyond what their ops show: many tiles and pieces, the table of sizes, what compilers make of them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import normal
+from test_moments_update import empty_state, expected, old_state
+
+from loft_fast import backends
+
+pytest.importorskip("triton")
+if "triton" not in backends.available():
+    pytest.skip("Triton is not available here", allow_module_level=True)
+
+from loft_fast.kernels import choice, moments_update
+from loft_fast.kernels.choice import Blocks
+from loft_fast.kernels.moments_update import cut
+
+ROOT = Path(__file__).parent.parent
+DEVICE = "cpu" if backends.interpreting() else "cuda"
+SMALL = Blocks(tile=16, rows=16, flush=32, piece=48)  # several tiles, pieces and flushes of a small problem
+F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
+
+
+def run(x, groups=1, group=None, start=empty_state, **options):
+    count, mean, scatter = start(groups, x.shape[1], DEVICE)
+    moments_update.launch(x.to(DEVICE), count, mean, scatter, None if group is None else group.to(DEVICE), **options)
+    return count.cpu(), mean.cpu(), [matrix.cpu() for matrix in scatter]
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_many_tiles_pieces_and_flushes(dtype, grouped, offset):
+    x = normal(333, 50, mean=offset).to(dtype)
+    group = torch.arange(333) % 4 // 2 * 2 if grouped else None  # 0 and 2 of three groups
+    count, mean, scatter = run(x, 3 if grouped else 1, group, blocks=SMALL)
+    for g, matrix in enumerate(scatter):
+        rows = (x if group is None else x[group == g]).double()
+        assert int(count[g]) == len(rows)
+        assert torch.equal(matrix, matrix.T)
+        if len(rows):
+            true_mean, true = expected(rows)
+            assert abs(mean[g].numpy() - true_mean).max() <= 1e-12 * (1 + offset)
+            assert abs(matrix.numpy() - true).max() <= 2e-6 * abs(true).max()
+
+
+def test_a_workspace_for_some_pieces_at_a_time_changes_only_rounding(monkeypatch):
+    x, group = normal(400, 20, dtype=F32), torch.arange(400) * 7 % 5
+    whole = run(x, 5, group, old_state, blocks=SMALL)
+    monkeypatch.setattr(moments_update, "_WORKSPACE", 3 * 3 * 16 * 16 * 8)  # three pieces
+    parts = run(x, 5, group, old_state, blocks=SMALL)
+    assert torch.equal(whole[0], parts[0])
+    torch.testing.assert_close(whole[1], parts[1], rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(whole[2], parts[2], rtol=1e-12, atol=1e-12)
+
+
+def test_the_same_bits_every_time():
+    x, group = normal(300, 20, dtype=F32), torch.arange(300) % 3
+    first, second = run(x, 3, group, blocks=SMALL), run(x, 3, group, blocks=SMALL)
+    assert all(torch.equal(one, other) for one, other in zip(first[2], second[2], strict=True))
+    assert torch.equal(first[1], second[1])
+
+
+@pytest.mark.parametrize(("precision", "rounding"), [("ieee", 1e-6), ("tf32x3", 3e-6), ("bf16", 1e-2)])
+def test_precisions(precision, rounding):
+    x = normal(200, 30, mean=3.0, dtype=F32)
+    _, _, (scatter,) = run(x, precision=precision)
+    _, true = expected(x.double())
+    assert abs(scatter.numpy() - true).max() <= rounding * abs(true).max()
+    if precision == "bf16":
+        assert abs(scatter.numpy() - true).max() > 1e-6 * abs(true).max()
+
+
+def test_pieces_are_all_rows_once():
+    for n, groups in ((1, 1), (100, 3), (1000, 7)):
+        group = torch.randint(0, groups, (n,), generator=torch.Generator().manual_seed(n), device="cpu").to(DEVICE)
+        pieces = cut(torch.empty(n, 4, device=DEVICE), group, groups, 1, SMALL)
+        seen = torch.zeros(n, dtype=torch.int64)
+        for start, end, g in zip(pieces.start.tolist(), pieces.end.tolist(), pieces.group.tolist(), strict=True):
+            rows = pieces.order[start:end]
+            assert len(rows) <= SMALL.piece
+            assert bool((group[rows] == g).all())
+            seen[rows.cpu()] += 1
+        assert bool((seen == 1).all())
+
+
+def test_the_table_has_sizes_for_every_kernel_dtype_and_device():
+    for op in ("moments_update", "symmetric_matmul", "project", "moments_update_project"):
+        dtypes = (F32,) if op == "symmetric_matmul" else (F32, F16, BF16)
+        for dtype in dtypes:
+            for d in (1, 64, 65, 512, 4096):
+                for capability in (0, 80, 90):
+                    assert choice.lines_for(op, dtype, d, capability)
+
+
+def test_the_table_claims_no_measurement_without_a_device():
+    table = choice.table()
+    assert (table["device"] is None) == (table["date"] is None)
+
+
+def test_no_kernel_spills_for_an_a100_or_an_h200():
+    # In a process of its own: Triton decides when it is imported whether it interprets.
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-m", "bench.kernel_report", "--json"]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    rows = json.loads(done.stdout)
+    assert {row["target"] for row in rows} >= {"sm_80", "sm_90"}
+    assert done.returncode == 0, [row for row in rows if row["stack"]]
