@@ -22,7 +22,13 @@ from loft_fast.frontier import Point
 from loft_fast.objective import Objective
 
 
-def prove(objectives: Sequence[Objective], angles: Sequence[float], bases: Tensor, edges: Tensor) -> list[Point | None]:
+def prove(
+    objectives: Sequence[Objective],
+    angles: Sequence[float],
+    bases: Tensor,
+    edges: Tensor | None = None,
+    levels: Sequence[float] | None = None,
+) -> list[Point | None]:
     """For each problem the point of its basis, which nearly spans the top eigenspace of M(angle).
 
     None where the basis is no top eigenspace, or too far from one for a proof. A point's support is an upper bound.
@@ -32,11 +38,12 @@ def prove(objectives: Sequence[Objective], angles: Sequence[float], bases: Tenso
         bases: (P, d, s), full column rank.
         edges: (P, d, 2 w), full column rank, nearly spanning the eigenvectors s - w + 1 to s + w from the largest. They
             tell a level between the eigenvalues s and s + 1; another one proves nothing.
+        levels: such levels, where they are known without edges.
     """
     retain, forget = _stack([one.retain for one in objectives]), _stack([one.forget for one in objectives])
     turn = torch.tensor(angles, dtype=torch.float64, device=retain.device).view(-1, 1, 1)
     matrix = (turn.cos() * retain).addcmul_(turn.sin(), forget, value=-1)
-    level = _level(matrix, edges.double())
+    level = turn.new_tensor(levels).view(-1, 1, 1) if edges is None else _level(matrix, edges.double())
     lift = 2 * torch.linalg.matrix_norm(matrix, keepdim=True)
     bases = bases.double()
     gram, failed = torch.linalg.cholesky_ex(bases.mT @ bases)

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from loft_fast import newton, purified
 from loft_fast.angle import DEFAULT_ANGLE, choose_angle
 from loft_fast.errors import InputError
 from loft_fast.frontier import Frontier, Point
 from loft_fast.goals import Distance, Goal, KeepRetain, linear_text
 from loft_fast.grouped_moments import GroupedMoments
 from loft_fast.moments import Moments
-from loft_fast.newton import descend
 from loft_fast.objective import About, build_objective, pooled
 from loft_fast.projection import Certificate, Projection
 from loft_fast.state import lasting
@@ -184,7 +184,7 @@ def optimum(frontier: Frontier, goal: Goal, rank: int, tolerance: float, start: 
 def searched(
     frontiers: list[Frontier], goal: Goal, rank: int | None, tolerance: float, start: float | None = None
 ) -> list[_Search]:
-    """The searches of problems of one size: by Newton's method on all, then each for itself where that fell short.
+    """The searches of problems of one size: all together in float32, then each for itself where that fell short.
 
     rank=None relaxes the rank and stops between two neighbouring ones. `start`: an angle to begin at.
     """
@@ -199,7 +199,9 @@ def searched(
         return point is not None and searches[i].done
 
     if rank is not None and goal.reach:
-        descend([frontier.objective for frontier in frontiers], goal, rank, offer, start)
+        objectives = [frontier.objective for frontier in frontiers]
+        descend = purified.descend if purified.pays(objectives[0]) else newton.descend
+        descend(objectives, goal, rank, offer, start)
     for search, frontier, angle in zip(searches, frontiers, angles, strict=True):
         if search.best is None or not search.done:
             _bracket(search, frontier, rank, angle)
