@@ -1,7 +1,7 @@
 # make demo and make test need a Linux machine with Python >= 3.10, and nothing else. A C++ compiler makes it faster.
 PYTHON ?= python3
 BIN := .venv/bin
-INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/cuda/*)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 # Threads that wait by spinning slow each other down many times over where the cores are shared, as on most CI machines.

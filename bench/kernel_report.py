@@ -1,4 +1,4 @@
-"""What the compilers make of every Triton and CUDA kernel, for each target, without a GPU: registers, spills, shared memory.
+"""What compilers make of every Triton and CUDA kernel, without a GPU: registers, stack, shared memory.
 
 python -m bench.kernel_report            # a table; exit code 1 where a kernel spills or needs more than there is
 python -m bench.kernel_report --json
@@ -23,6 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from loft_fast import backends
 from loft_fast.kernels import choice, moments_update, moments_update_project, project, symmetric_matmul
 
 SHARED = {80: 163 << 10, 90: 227 << 10}  # bytes a block can have
@@ -115,16 +116,36 @@ def _triton(
     return Row(label, f"sm_{target}", text, registers, stack, made.metadata.shared)
 
 
+def cuda_rows() -> Iterator[Row]:
+    """Every kernel in the library of CUDA kernels, if there is one; without what shared memory they ask for."""
+    if backends.cuda_library() is None:
+        return
+    target = ""
+    for line in _dumped(Path(backends.__file__).with_name("_cuda.so")).splitlines():
+        if found := re.search(r"arch = (sm_\d+)", line):
+            target = found[1]
+        elif found := re.search(r"Function (\w+):", line):
+            name = re.search(r"loft_fast\d+([a-z_]+?)(?:I(\w+?)E)?E?(?:P|v)", found[1])
+            label = found[1] if name is None else f"{name[1]} {name[2] or ''}".strip()
+        elif found := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", line):
+            yield Row(f"CUDA {label}", target, "", int(found[1]), int(found[2]), int(found[3]))
+
+
 def _usage(cubin: bytes) -> tuple[int, int]:
-    """Registers of a thread and bytes of its stack, from cuobjdump, which comes with Triton."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    """Registers of a thread and bytes of its stack."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        said = _dumped(Path(file.name))
     found = re.search(r"REG:(\d+) STACK:(\d+)", said)
     assert found, said
     return int(found[1]), int(found[2])
+
+
+def _dumped(file: Path) -> str:
+    """What cuobjdump, which comes with Triton, says of the resources in a file."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([tool, "-res-usage", file], capture_output=True, text=True, check=True).stdout
 
 
 def main() -> None:
@@ -132,7 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    rows = list(triton_rows())
+    rows = [*triton_rows(), *cuda_rows()]
     if options.json:
         print(json.dumps([asdict(row) for row in rows]))
     else:

@@ -1,4 +1,4 @@
-"""Which block sizes a kernel runs with: the only place that decides, from a table that was measured, never by a search."""
+"""Which block sizes a kernel runs with: the only place that decides, from a table, never by a search."""
 
 from __future__ import annotations
 

@@ -1,15 +1,14 @@
 """moments_update in Triton: one triangle of tiles times pieces of the rows, merged into float64 in a fixed order.
 
-A piece is at most `Blocks.piece` rows of one group. Per piece one program for each tile of the upper triangle multiplies,
-and one for each block of columns sums. What is multiplied is exact: 32-bit rows as differences from a row near their
-mean, 16-bit rows as they are or, where a column lies far from zero, as a difference that 16 bits hold exactly (Sterbenz
-1974). Products are summed in float32 over `Blocks.flush` rows, beyond that in float64.
+Of each piece of the rows, which are of one group, one program for each tile of the upper triangle multiplies, and one
+for each block of columns sums. What is multiplied is exact: 32-bit rows as differences from a row near their mean, 16-bit
+rows as they are or, where a column lies far from zero, as a difference that 16 bits hold exactly (Sterbenz 1974).
+Products are summed in float32 over `Blocks.flush` rows, beyond that in float64.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 import triton
@@ -17,27 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from loft_fast.kernels.choice import Blocks, blocks_for, processors
+from loft_fast.kernels.pieces import Pieces, cut
 from loft_fast.kernels.tiles import multiply, triangle_tile
 
 _SAMPLE = 256  # rows of a group that tell where its mean is, spread over all of them
 _STRIP = 16  # rows of a tile that one program merges: as many float64 numbers as registers hold
 _WORKSPACE = 256 << 20  # bytes of partial results at a time
-
-
-class Pieces(NamedTuple):
-    """Rows order[start:end] of one group each; without an order, x[start:end]."""
-
-    order: Tensor | None
-    start: Tensor  # (pieces,) int64
-    end: Tensor
-    group: Tensor
-    first: Tensor  # (G,) int64: the pieces of group g are first[g] to last[g]
-    last: Tensor
-    begin: Tensor  # (G,) int64: its rows in `order` are begin[g] to stop[g]
-    stop: Tensor
-
-    def __len__(self) -> int:
-        return self.start.numel()
 
 
 def launch(
@@ -61,7 +45,8 @@ def launch(
     precision = precision or "tf32x3"
     tiles = triton.cdiv(d, blocks.tile)
     triangle = tiles * (tiles + 1) // 2
-    pieces = cut(x, group, groups, triangle, blocks)
+    length = blocks.piece if group is not None else piece_rows(len(x), triangle, blocks, x.device)
+    pieces = cut(len(x), length, group, groups, x.device)
     shift, far = shifts(x, pieces, groups)
     addresses = torch.tensor([matrix.data_ptr() for matrix in scatter], dtype=torch.int64, device=x.device)
     for low, high in ranges(pieces, triangle * blocks.tile**2 * 8):
@@ -127,38 +112,17 @@ def update(
             partial, rest, shift, addresses, count, mean, *where, d, triangle, TILE=blocks.tile, STRIP=strip
         )
     means[(triton.cdiv(d, 256), groups)](rest, shift, count, mean, *where, d, COLUMNS=256)
-    count += _rows_within(pieces, low, high)
+    count += pieces.sizes(low, high)
 
 
-def cut(x: Tensor, group: Tensor | None, groups: int, triangle: int, blocks: Blocks) -> Pieces:
-    """Pieces of the rows, group by group; some at the end may be empty, as how many there are is not waited for."""
-    n, device = len(x), x.device
-    if group is None:
-        begin, stop = torch.zeros(1, dtype=torch.int64, device=device), torch.full((1,), n, device=device)
-        order, length = None, _piece_rows(n, triangle, blocks, device)
-    else:
-        keys, order = torch.sort(group, stable=True)
-        names = torch.arange(groups, device=device)
-        begin, stop = torch.searchsorted(keys, names), torch.searchsorted(keys, names, right=True)
-        length = blocks.piece
-    needed = (stop - begin + length - 1) // length
-    last = needed.cumsum(0)
-    first = last - needed
-    numbers = torch.arange(triton.cdiv(n, length) + (groups if group is not None else 0), device=device)
-    owner = torch.searchsorted(last, numbers, right=True).clamp_max_(groups - 1)
-    start = begin[owner] + (numbers - first[owner]) * length
-    end = torch.minimum(start + length, stop[owner])
-    return Pieces(order, start, torch.maximum(start, end), owner, first, last, begin, stop)
-
-
-def _piece_rows(n: int, triangle: int, blocks: Blocks, device: torch.device) -> int:
+def piece_rows(n: int, triangle: int, blocks: Blocks, device: torch.device) -> int:
     """Rows of a piece, so that all processors have work for several rounds, and a piece is worth its merging."""
     pieces = min(triton.cdiv(4 * processors(device), triangle), triton.cdiv(n, blocks.piece))
     return triton.cdiv(triton.cdiv(n, max(1, pieces)), blocks.rows) * blocks.rows
 
 
 def shifts(x: Tensor, pieces: Pieces, groups: int) -> tuple[Tensor, Tensor]:
-    """What to subtract from the rows of each group, (G, d) float32, in x's own digits; and whether it is not zero, (G,)."""
+    """What to subtract from rows of each group, (G, d) float32 in x's digits; whether any of it is not zero, (G,)."""
     d = x.shape[1]
     shift = torch.zeros(groups, d, device=x.device)
     far = torch.zeros(groups, dtype=torch.int32, device=x.device)
@@ -179,12 +143,6 @@ def shifts(x: Tensor, pieces: Pieces, groups: int) -> tuple[Tensor, Tensor]:
     return shift, far
 
 
-def _rows_within(pieces: Pieces, low: int, high: int) -> Tensor:
-    """(G,) int64: how many rows of each group the pieces low to high have."""
-    sizes = pieces.end[low:high] - pieces.start[low:high]
-    return torch.zeros_like(pieces.first).index_add_(0, pieces.group[low:high], sizes)
-
-
 @triton.jit
 def sample(
     x_ptr,
@@ -201,6 +159,7 @@ def sample(
     GATHER: tl.constexpr,
     WIDE: tl.constexpr,
 ):
+    """Means of a sample of each group, or zero where 16-bit differences from them would not be exact."""
     g = tl.program_id(1)
     columns = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
     inside = columns < d
@@ -237,10 +196,8 @@ def sample(
 def _rows(order_ptr, position, end, row_stride, GATHER: tl.constexpr):
     """Where rows begin."""
     if GATHER:
-        row = tl.load(order_ptr + position, mask=position < end, other=0)
-    else:
-        row = position
-    return row * row_stride
+        position = tl.load(order_ptr + position, mask=position < end, other=0)
+    return position * row_stride
 
 
 @triton.jit
@@ -287,9 +244,8 @@ def gram(
     if start == end:
         return
     group = tl.load(group_ptr + piece)
-    if not WIDE:
-        if (tl.load(far_ptr + group) != 0) != CENTER:
-            return
+    if not WIDE and (tl.load(far_ptr + group) != 0) != CENTER:
+        return
     shift_ptr += group * d
     if t < triangle:
         i, j = triangle_tile(t)

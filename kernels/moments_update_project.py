@@ -9,7 +9,8 @@ from torch import Tensor
 
 from loft_fast.kernels import project
 from loft_fast.kernels.choice import Blocks, blocks_for
-from loft_fast.kernels.moments_update import block, cut, ranges, shifts, update
+from loft_fast.kernels.moments_update import block, piece_rows, ranges, shifts, update
+from loft_fast.kernels.pieces import cut
 from loft_fast.kernels.tiles import multiply
 
 _CACHED = 16 << 20  # bytes of rows at a time, that stay in a second-level cache while they are used
@@ -35,7 +36,8 @@ def launch(
     triangle = tiles * (tiles + 1) // 2 if scatter else 0
     addresses = torch.tensor([one.data_ptr() for one in scatter], dtype=torch.int64, device=x.device)
     for rows in x.split(max(1, _CACHED // (d * x.element_size()))):
-        pieces = cut(rows, None, 1, triangle + tiles * triton.cdiv(rank, thin.tile), sizes)
+        length = piece_rows(len(rows), triangle + tiles * triton.cdiv(rank, thin.tile), sizes, x.device)
+        pieces = cut(len(rows), length, None, 1, x.device)
         scores = project.scores(rows, basis, center, precision, thin)
         shift, far = shifts(rows, pieces, 1)
         for low, high in ranges(pieces, triangle * sizes.tile**2 * 8 + d * rank * 8):

@@ -9,6 +9,7 @@ The environment variable LOFT_FAST_BACKEND names the backend to use wherever it 
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
 import logging
@@ -16,6 +17,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -26,7 +28,7 @@ from loft_fast.errors import InputError
 VARIABLE = "LOFT_FAST_BACKEND"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-_NAMES = ("native", "triton", "torch")
+_NAMES = ("native", "cuda", "triton", "torch")
 _log = logging.getLogger("loft_fast")
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -37,6 +39,7 @@ class _Entry:
     function: Callable[..., Any]
     devices: tuple[str, ...]  # device types served; empty: all
     dtypes: tuple[torch.dtype, ...]
+    by_request: bool
 
 
 _ENTRIES: dict[str, list[_Entry]] = {}
@@ -47,23 +50,25 @@ def implements(
     backend: str,
     devices: tuple[str, ...] = (),
     dtypes: tuple[torch.dtype, ...] = FLOATS,
+    by_request: bool = False,
 ) -> Callable[[_Function], _Function]:
     """Register the decorated function as `op` of `backend`; register the preferred one first.
 
     Args:
         devices: device types served, () for all.
         dtypes: input dtypes served.
+        by_request: serve only where LOFT_FAST_BACKEND names the backend: for what was never measured on hardware.
     """
 
     def register(function: _Function) -> _Function:
-        _ENTRIES.setdefault(op, []).append(_Entry(backend, function, devices, dtypes))
+        _ENTRIES.setdefault(op, []).append(_Entry(backend, function, devices, dtypes, by_request))
         return function
 
     return register
 
 
 def available() -> tuple[str, ...]:
-    """Names of the backends that can run here, out of "native", "triton" and "torch"; "torch" always can."""
+    """Names of the backends that can run here, out of "native", "cuda", "triton" and "torch"; "torch" always can."""
     return tuple(name for name in _NAMES if _exists(name))
 
 
@@ -95,6 +100,13 @@ def native_module() -> ModuleType:
     return importlib.import_module("loft_fast._native")
 
 
+@cache
+def cuda_library() -> ctypes.CDLL | None:
+    """The CUDA kernels behind plain pointers; None where they were not built. Loading it needs no driver."""
+    path = Path(__file__).with_name("_cuda.so")
+    return ctypes.CDLL(str(path)) if path.exists() else None
+
+
 def _pick(op: str, device: torch.device | str, dtype: torch.dtype) -> _Entry:
     device_type = torch.device(device).type
     entries = [
@@ -106,7 +118,8 @@ def _pick(op: str, device: torch.device | str, dtype: torch.dtype) -> _Entry:
     ]
     asked = _asked()
     for entry in entries:
-        if entry.backend == asked or (asked is None and not _interprets(entry, device_type)):
+        unasked = asked is None and not entry.by_request and not _interprets(entry, device_type)
+        if entry.backend == asked or unasked:
             return entry
     for entry in entries:
         if entry.backend == "torch":
@@ -131,6 +144,8 @@ def _asked() -> str | None:
 def _exists(name: str) -> bool:
     if name == "native":
         return _native_exists()
+    if name == "cuda":
+        return torch.cuda.is_available() and cuda_library() is not None
     if name == "triton":
         return _triton_exists() and (interpreting() or torch.cuda.is_available())
     return name == "torch"

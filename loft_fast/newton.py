@@ -22,6 +22,7 @@ from torch import Tensor
 from loft_fast.frontier import Point
 from loft_fast.goals import Goal
 from loft_fast.objective import Objective
+from loft_fast.ops.eigh import eigh
 from loft_fast.proof import prove
 
 _SMALLEST = 128  # below this dimension a float64 solve of a single problem costs as little as a guess
@@ -115,7 +116,7 @@ class _Models:
         cos, sin = turns.cos(), turns.sin()
         self.matrix = (cos * retain).addcmul_(sin, forget, value=-1)  # M
         slope = (-sin * retain).addcmul_(cos, forget, value=-1)  # K
-        values, vectors = torch.linalg.eigh(self.matrix)
+        values, vectors = eigh(self.matrix)
         kept, dropped = vectors[..., self.cut :], vectors[..., : self.cut]
         slope_kept = slope @ kept
         coupling = dropped.mT @ slope_kept  # [P, d - s, s]

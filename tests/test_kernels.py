@@ -19,7 +19,7 @@ if "triton" not in backends.available():
 
 from loft_fast.kernels import choice, moments_update
 from loft_fast.kernels.choice import Blocks
-from loft_fast.kernels.moments_update import cut
+from loft_fast.kernels.pieces import cut
 
 ROOT = Path(__file__).parent.parent
 DEVICE = "cpu" if backends.interpreting() else "cuda"
@@ -80,7 +80,7 @@ def test_precisions(precision, rounding):
 def test_pieces_are_all_rows_once():
     for n, groups in ((1, 1), (100, 3), (1000, 7)):
         group = torch.randint(0, groups, (n,), generator=torch.Generator().manual_seed(n), device="cpu").to(DEVICE)
-        pieces = cut(torch.empty(n, 4, device=DEVICE), group, groups, 1, SMALL)
+        pieces = cut(n, SMALL.piece, group, groups, torch.device(DEVICE))
         seen = torch.zeros(n, dtype=torch.int64)
         for start, end, g in zip(pieces.start.tolist(), pieces.end.tolist(), pieces.group.tolist(), strict=True):
             rows = pieces.order[start:end]

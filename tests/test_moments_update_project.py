@@ -130,4 +130,4 @@ def test_wrong_argument_is_named_and_nothing_changes(message):
     with pytest.raises(InputError) as caught:
         moments_update_project(**{**arguments, name: value})
     assert str(caught.value).startswith(message)
-    assert not (count.any() or mean.any() or image.any())
+    assert not any(bool(one.any()) for one in (count, mean, image))

@@ -1,5 +1,6 @@
 """The few heavy operations, each behind one name: a float64 torch reference and the faster backends that match it."""
 
+from loft_fast.ops.eigh import eigh
 from loft_fast.ops.moments_update import moments_update
 from loft_fast.ops.moments_update_project import moments_update_project
 from loft_fast.ops.project import project
@@ -9,6 +10,7 @@ from loft_fast.ops.symmetric_sum import symmetric_sum
 from loft_fast.ops.topk_projector import topk_projector
 
 __all__ = [
+    "eigh",
     "moments_update",
     "moments_update_project",
     "project",

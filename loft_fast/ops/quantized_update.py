@@ -124,4 +124,19 @@ def _native(
     )
 
 
+@backends.implements(_OP, "cuda", devices=("cuda",), by_request=True)
+def _cuda(
+    x: Tensor,
+    scale: float,
+    count: Tensor,
+    total: Tensor,
+    clipped: Tensor,
+    product: list[Tensor],
+    group: Tensor | None,
+) -> None:
+    from loft_fast.kernels import cuda
+
+    cuda.quantized_update(x, scale, count, total, clipped, product, group)
+
+
 backends.implements(_OP, "torch")(reference.quantized_update)

@@ -9,9 +9,9 @@ Where a window with the level in it is known, from a like problem, it is first w
 that keep the sign (as in Amsel, Persson, Musco and Gower, "The Polar Express", 2025): a factor of 4 for three products,
 where purification needs seven. What lies outside the window loses its order there, but not its side.
 
-Tried and not kept: such polynomials from the start, with a shift at each step that sets the trace right. It took 30 to 43
-products instead of 62, and lost the order of eigenvalues that had not been told apart, on most spectra (errors of 1e-1 to
-1e-5 in the objective).
+Tried and not kept: such polynomials from the start, with a shift at each step that sets the trace right. It took 30 to
+43 products instead of 62, and lost the order of eigenvalues that had not been told apart, on most spectra (errors of
+1e-1 to 1e-5 in the objective).
 """
 
 from __future__ import annotations
@@ -234,7 +234,7 @@ def _solved(matrix: Tensor, rank: int, window: Window | None) -> TopK:
 def _certificate(
     matrix: Tensor, x: Tensor, rank: int, level: list[float]
 ) -> tuple[list[float], list[float], list[float]]:
-    """What X is worth, a bound of the sum of the `rank` largest eigenvalues of M, and tr (X - X^2); by one more product.
+    """What X is worth, a bound of the sum of the `rank` largest eigenvalues of M, and tr (X - X^2): one more product.
 
     For every level t that sum is at most s t + tr (M - t)_+, and equal to it if t parts eigenvalues s and s + 1. X is a
     function f of M, above one half just where an eigenvalue is above t; there 1 - f <= 2 f (1 - f), and elsewhere

@@ -1,0 +1,56 @@
+"""Eigenvectors of many symmetric matrices of one size."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loft_fast import backends
+from loft_fast.errors import InputError
+from loft_fast.ops.arguments import check_tensor
+
+_OP = "eigh"
+_DTYPES = (torch.float32, torch.float64)
+_LARGEST = 256  # features up to which one block of threads is enough for a matrix
+
+
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending, and eigenvectors, in columns, of each matrix of a batch.
+
+    Args:
+        matrix: (B, d, d) float32 or float64, symmetric and finite.
+
+    Returns:
+        (B, d) and (B, d, d), of matrix's dtype.
+
+    Raises:
+        InputError: an argument has a wrong type, shape or dtype.
+    """
+    check_tensor("matrix", matrix, (None, None, None), _DTYPES, matrix)
+    if matrix.shape[1] != matrix.shape[2]:
+        raise InputError(f"matrix: got shape {tuple(matrix.shape)}, expected (B, d, d)")
+    values, vectors = torch.ops.loft_fast.eigh(matrix)
+    return values, vectors
+
+
+@torch.library.custom_op("loft_fast::eigh", mutates_args=())
+def _op(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    return backends.implementation(_OP, matrix.device, matrix.dtype)(matrix)
+
+
+@_op.register_fake
+def _fake(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    return matrix.new_empty(matrix.shape[:2]), torch.empty_like(matrix, memory_format=torch.contiguous_format)
+
+
+@backends.implements(_OP, "cuda", devices=("cuda",), dtypes=(torch.float32,), by_request=True)
+def _cuda(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    from loft_fast.kernels import cuda
+
+    return cuda.eigh(matrix) if matrix.shape[1] <= _LARGEST else _plain(matrix)
+
+
+@backends.implements(_OP, "torch", dtypes=_DTYPES)
+def _plain(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh(matrix)
+    return values, vectors.contiguous()
