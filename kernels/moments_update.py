@@ -1,9 +1,9 @@
 """moments_update in Triton: one triangle of tiles times pieces of the rows, merged into float64 in a fixed order.
 
 Of each piece of the rows, which are of one group, one program for each tile of the upper triangle multiplies, and one
-for each block of columns sums. What is multiplied is exact: 32-bit rows as differences from a row near their mean, 16-bit
-rows as they are or, where a column lies far from zero, as a difference that 16 bits hold exactly (Sterbenz 1974).
-Products are summed in float32 over `Blocks.flush` rows, beyond that in float64.
+for each block of columns sums. What is multiplied is exact: 32-bit rows as differences from a row near their mean,
+16-bit rows as they are or, where a column lies far from zero, as a difference that 16 bits hold exactly (Sterbenz
+1974). Products are summed in float32 over `Blocks.flush` rows, beyond that in float64.
 """
 
 from __future__ import annotations

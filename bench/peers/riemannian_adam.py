@@ -55,7 +55,7 @@ def descend(
     start = torch.randn(retain.shape[0], rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     # The descent runs in float32, as the authors' does; only what is reported is float64.
     a_matrix, b_matrix = retain.float(), forget.float()
-    u = geoopt.ManifoldParameter(torch.linalg.qr(start).Q.float(), manifold=geoopt.Stiefel())
+    u = geoopt.ManifoldParameter(torch.linalg.qr(start).Q.to(a_matrix), manifold=geoopt.Stiefel())
     optimizer = geoopt.optim.RiemannianAdam([u], lr=learning_rate, weight_decay=WEIGHT_DECAY)
     path = []
     begin = time.perf_counter()
