@@ -21,7 +21,7 @@ demo: .venv/demo ## a real network forgets a class of real digits; report in dem
 test: lint       ## lint, type check, all tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-scale: .venv/dev ## examples and benchmarks on real engines: Flower and Ray (about two minutes)
+test-scale: .venv/dev ## examples and benchmarks on real engines: Flower and Ray (about three minutes)
 	$(BIN)/python -m pytest -m scale tests/test_scale.py
 
 lint: .venv/dev  ## ruff and mypy

@@ -77,7 +77,7 @@ def triton_rows(targets: tuple[int, ...] = (80, 90)) -> Iterator[Row]:
             small = choice.Blocks(tile, 0)
             meta = {"TILE": tile, "STRIP": 16}
             yield _triton(f"merge, tiles of {tile}", moments_update.merge, target, torch.float32, meta, small)
-        meta = {"COLUMNS": 256}
+        meta = {"COLUMNS": 64}
         yield _triton("means", moments_update.means, target, torch.float32, meta, small)
         meta = {"SAMPLE": 256, "COLUMNS": 64, "GATHER": True, "WIDE": False}
         yield _triton("sample bf16 grouped", moments_update.sample, target, torch.bfloat16, meta, small)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -10,6 +11,11 @@ from typing import Any
 
 import torch
 
+from loft_fast.errors import InputError
+
+PRECISIONS = ("ieee", "tf32x3", "bf16")
+"""How 32-bit numbers are multiplied: in float32, in float32 in effect, or rounded to bfloat16."""
+VARIABLE = "LOFT_FAST_PRECISION"
 _TABLE = Path(__file__).with_name("blocks.json")
 
 
@@ -47,6 +53,19 @@ def lines_for(op: str, dtype: torch.dtype, d: int, capability: int) -> list[Bloc
         and d <= (line["most_columns"] or d)
         and capability >= line["capability"]
     ]
+
+
+def precision_for(asked: str | None) -> str:
+    """`asked`, or what LOFT_FAST_PRECISION says, or "tf32x3".
+
+    Raises:
+        InputError: it is none of PRECISIONS.
+    """
+    name = asked or os.environ.get(VARIABLE) or "tf32x3"
+    if name not in PRECISIONS:
+        source = "precision" if asked else VARIABLE
+        raise InputError(f"{source}: got {name!r}, expected one of {', '.join(PRECISIONS)}")
+    return name
 
 
 @cache

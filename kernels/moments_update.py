@@ -15,11 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loft_fast.kernels.choice import Blocks, blocks_for, processors
+from loft_fast.kernels.choice import Blocks, blocks_for, precision_for, processors
 from loft_fast.kernels.pieces import Pieces, cut
 from loft_fast.kernels.tiles import multiply, triangle_tile
 
 _SAMPLE = 256  # rows of a group that tell where its mean is, spread over all of them
+_COLUMNS = 64  # of means that one program works out
 _STRIP = 16  # rows of a tile that one program merges: as many float64 numbers as registers hold
 _WORKSPACE = 256 << 20  # bytes of partial results at a time
 
@@ -36,13 +37,12 @@ def launch(
     """As `loft_fast.ops.moments_update`; x at most 32 bits wide. Does not wait for the device.
 
     Args:
-        precision: how 32-bit rows are multiplied: "ieee", "tf32x3" (the default, float32 in effect) or "bf16" (their
-            differences rounded to bfloat16). 16-bit rows are always multiplied as they are.
+        precision: one of `choice.PRECISIONS` for the products of 32-bit rows; 16-bit rows are multiplied as they are.
         blocks: sizes; None: from the table.
     """
     d, groups = x.shape[1], len(scatter)
     blocks = blocks or blocks_for("moments_update", x.dtype, d, x.device)
-    precision = precision or "tf32x3"
+    precision = precision_for(precision)
     tiles = triton.cdiv(d, blocks.tile)
     triangle = tiles * (tiles + 1) // 2
     length = blocks.piece if group is not None else piece_rows(len(x), triangle, blocks, x.device)
@@ -81,7 +81,7 @@ def update(
     rest = x.new_empty(many, d, dtype=torch.float64)
     wide = x.element_size() == 4
     for center in (True,) if wide else (False, True):
-        gram[(triangle + tiles, many)](
+        gram[((triangle + tiles) * many,)](
             x,
             pieces.order,
             pieces.start[low:],
@@ -93,6 +93,7 @@ def update(
             rest,
             d,
             triangle,
+            tiles,
             *x.stride(),
             TILE=blocks.tile,
             ROWS=blocks.rows,
@@ -108,10 +109,10 @@ def update(
     where = (pieces.start, pieces.end, pieces.first, pieces.last, low, high)
     if triangle:
         strip = min(blocks.tile, _STRIP)
-        merge[(triangle * (blocks.tile // strip), groups)](
+        merge[(triangle * (blocks.tile // strip) * groups,)](
             partial, rest, shift, addresses, count, mean, *where, d, triangle, TILE=blocks.tile, STRIP=strip
         )
-    means[(triton.cdiv(d, 256), groups)](rest, shift, count, mean, *where, d, COLUMNS=256)
+    means[(triton.cdiv(d, _COLUMNS) * groups,)](rest, shift, count, mean, *where, d, COLUMNS=_COLUMNS)
     count += pieces.sizes(low, high)
 
 
@@ -126,7 +127,7 @@ def shifts(x: Tensor, pieces: Pieces, groups: int) -> tuple[Tensor, Tensor]:
     d = x.shape[1]
     shift = torch.zeros(groups, d, device=x.device)
     far = torch.zeros(groups, dtype=torch.int32, device=x.device)
-    sample[(triton.cdiv(d, 64), groups)](
+    sample[(triton.cdiv(d, _COLUMNS) * groups,)](
         x,
         pieces.order,
         pieces.begin,
@@ -136,7 +137,7 @@ def shifts(x: Tensor, pieces: Pieces, groups: int) -> tuple[Tensor, Tensor]:
         d,
         *x.stride(),
         SAMPLE=_SAMPLE,
-        COLUMNS=64,
+        COLUMNS=_COLUMNS,
         GATHER=pieces.order is not None,
         WIDE=x.element_size() == 4,
     )
@@ -160,8 +161,8 @@ def sample(
     WIDE: tl.constexpr,
 ):
     """Means of a sample of each group, or zero where 16-bit differences from them would not be exact."""
-    g = tl.program_id(1)
-    columns = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
+    part, g = tl.program_id(0) % tl.cdiv(d, COLUMNS), tl.program_id(0) // tl.cdiv(d, COLUMNS)
+    columns = (part * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
     inside = columns < d
     begin = tl.load(begin_ptr + g)
     n = tl.load(stop_ptr + g) - begin
@@ -223,6 +224,7 @@ def gram(
     rest_ptr,
     d,
     triangle,
+    tiles,
     row_stride,
     col_stride,
     TILE: tl.constexpr,
@@ -236,10 +238,10 @@ def gram(
 ):
     """Of one piece of rows: a tile of Z^T Z, or the sums of a block of columns.
 
-    `triangle` programs along the first axis are tiles, the rest sums. Consecutive programs read the same rows, which
+    Of each piece, `triangle` programs are for tiles and `tiles` for sums. Consecutive programs read the same rows, which
     the second-level cache then has. CENTER serves groups that are far from zero, and the other version the rest.
     """
-    t, piece = tl.program_id(0), tl.program_id(1)
+    t, piece = tl.program_id(0) % (triangle + tiles), tl.program_id(0) // (triangle + tiles)
     start, end = tl.load(start_ptr + piece), tl.load(end_ptr + piece)
     if start == end:
         return
@@ -302,7 +304,7 @@ def _rest(rest_ptr, first, last, low, columns, d):
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["low", "high"])  # or every other number of pieces would be compiled for
 def merge(
     partial_ptr,
     rest_ptr,
@@ -322,7 +324,8 @@ def merge(
     STRIP: tl.constexpr,
 ):
     """Add the scatter of a group's pieces to its state (Chan, Golub, LeVeque), both triangles: STRIP rows of a tile."""
-    t, part, g = tl.program_id(0) % triangle, tl.program_id(0) // triangle, tl.program_id(1)
+    t, strip = tl.program_id(0) % triangle, tl.program_id(0) // triangle
+    part, g = strip % (TILE // STRIP), strip // (TILE // STRIP)
     first, last, n = _range(start_ptr, end_ptr, first_ptr, last_ptr, g, low, high)
     if n == 0:
         return
@@ -358,7 +361,7 @@ def _delta(shift_ptr, mean_ptr, offset, g, columns, d):
     return (shift - tl.load(mean_ptr + g * d + columns, mask=columns < d, other=0.0)) + offset
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["low", "high"])
 def means(
     rest_ptr,
     shift_ptr,
@@ -374,11 +377,11 @@ def means(
     COLUMNS: tl.constexpr,
 ):
     """The mean of each state, after its scatter; before its count."""
-    g = tl.program_id(1)
+    part, g = tl.program_id(0) % tl.cdiv(d, COLUMNS), tl.program_id(0) // tl.cdiv(d, COLUMNS)
     first, last, n = _range(start_ptr, end_ptr, first_ptr, last_ptr, g, low, high)
     if n == 0:
         return
-    columns = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
+    columns = (part * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
     new, old = n.to(tl.float64), tl.load(count_ptr + g).to(tl.float64)
     delta = _delta(shift_ptr, mean_ptr, _rest(rest_ptr, first, last, low, columns, d) / new, g, columns, d)
     at = mean_ptr + g * d + columns

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from loft_fast.kernels import project
-from loft_fast.kernels.choice import Blocks, blocks_for
+from loft_fast.kernels.choice import Blocks, blocks_for, precision_for
 from loft_fast.kernels.moments_update import block, piece_rows, ranges, shifts, update
 from loft_fast.kernels.pieces import cut
 from loft_fast.kernels.tiles import multiply
@@ -29,7 +29,7 @@ def launch(
 ) -> None:
     """As `loft_fast.ops.moments_update_project`; x at most 32 bits wide. Does not wait for the device."""
     d, rank = basis.shape
-    precision = precision or "tf32x3"
+    precision = precision_for(precision)
     sizes = blocks or blocks_for("moments_update", x.dtype, d, x.device)
     thin = blocks or blocks_for("moments_update_project", x.dtype, d, x.device)
     tiles = triton.cdiv(d, sizes.tile)
@@ -43,7 +43,7 @@ def launch(
         for low, high in ranges(pieces, triangle * sizes.tile**2 * 8 + d * rank * 8):
             update(rows, pieces, low, high, shift, far, addresses if scatter else None, count, mean, precision, sizes)
             parts = torch.empty(high - low, d, rank, dtype=torch.float64, device=x.device)
-            cross[(triton.cdiv(d, thin.tile) * triton.cdiv(rank, thin.tile), high - low)](
+            cross[(triton.cdiv(d, thin.tile) * triton.cdiv(rank, thin.tile) * (high - low),)](
                 rows,
                 center,
                 scores,
@@ -81,9 +81,10 @@ def cross(
     PRECISION: tl.constexpr,
 ):
     """A tile of Z^T scores, (d, rank) float64, over one piece of rows; scores (n, rank) float32, row by row."""
-    t, piece = tl.program_id(0), tl.program_id(1)
-    start, end = tl.load(start_ptr + piece), tl.load(end_ptr + piece)
     wide = tl.cdiv(rank, TILE)
+    tiles = tl.cdiv(d, TILE) * wide
+    t, piece = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    start, end = tl.load(start_ptr + piece), tl.load(end_ptr + piece)
     columns = ((t // wide) * TILE + tl.arange(0, TILE)).to(tl.int64)
     vectors = (t % wide) * TILE + tl.arange(0, TILE)
     center = tl.load(center_ptr + columns, mask=columns < d, other=0.0)

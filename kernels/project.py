@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loft_fast.kernels.choice import Blocks, blocks_for
+from loft_fast.kernels.choice import Blocks, blocks_for, precision_for
 from loft_fast.kernels.tiles import multiply
 
 
@@ -17,7 +17,7 @@ def launch(
     """As `loft_fast.ops.project`; x at most 32 bits wide.
 
     Args:
-        precision: of 32-bit products: "ieee", "tf32x3" (the default, float32 in effect), "tf32" or "bf16".
+        precision: one of `choice.PRECISIONS`, for 32-bit products.
     """
     n, d = x.shape
     rank = basis.shape[1]
@@ -39,7 +39,7 @@ def launch(
         TILE=blocks.tile,
         BLOCK=blocks.rows,
         BACK=True,
-        PRECISION=precision or "tf32x3",
+        PRECISION=precision_for(precision),
         num_warps=blocks.warps,
         num_stages=blocks.stages,
     )
@@ -71,7 +71,7 @@ def scores(x: Tensor, basis: Tensor, center: Tensor, precision: str, blocks: Blo
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def project(
     x_ptr,
     basis_ptr,

@@ -19,7 +19,7 @@ def triangle_tile(t):
 
 @triton.jit
 def multiply(a, b, total, PRECISION: tl.constexpr):
-    """total + a b, in float32; 32-bit blocks by PRECISION: "ieee", "tf32x3", "tf32" or "bf16"."""
+    """total + a b, in float32; 32-bit blocks by PRECISION, one of `choice.PRECISIONS`."""
     if a.dtype == tl.float32 and PRECISION == "bf16":
         a, b = a.to(tl.bfloat16), b.to(tl.bfloat16)
     if _INTERPRETED:  # it multiplies the bits of bfloat16 as integers

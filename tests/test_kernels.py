@@ -11,7 +11,7 @@ import torch
 from conftest import normal
 from test_moments_update import empty_state, expected, old_state
 
-from loft_fast import backends
+from loft_fast import InputError, backends
 
 pytest.importorskip("triton")
 if "triton" not in backends.available():
@@ -75,6 +75,19 @@ def test_precisions(precision, rounding):
     assert abs(scatter.numpy() - true).max() <= rounding * abs(true).max()
     if precision == "bf16":
         assert abs(scatter.numpy() - true).max() > 1e-6 * abs(true).max()
+
+
+def test_the_precision_is_asked_for_by_argument_or_environment(monkeypatch):
+    x = normal(200, 30, mean=3.0, dtype=F32)
+    coarse = run(x, precision="bf16")
+    assert choice.precision_for(None) == "tf32x3"
+    monkeypatch.setenv(choice.VARIABLE, "bf16")
+    assert torch.equal(run(x)[2][0], coarse[2][0])
+    monkeypatch.setenv(choice.VARIABLE, "fp8")
+    with pytest.raises(InputError, match="LOFT_FAST_PRECISION: got 'fp8', expected one of ieee, tf32x3, bf16"):
+        run(x)
+    with pytest.raises(InputError, match="precision: got 'half'"):
+        run(x, precision="half")
 
 
 def test_pieces_are_all_rows_once():

@@ -1,4 +1,4 @@
-"""The wheel, away from the checkout: with and without a C++ compiler."""
+"""The wheel, away from the checkout: with and without compilers for C++ and CUDA."""
 
 import os
 import shutil
@@ -44,7 +44,7 @@ def wheel(request, tmp_path_factory):
     shutil.copytree(ROOT, source, ignore=ignored)
     environment = dict(os.environ)
     if request.param == "torch":
-        environment |= {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++"}
+        environment |= {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++", "LOFT_FAST_NVCC": "/nonexistent/nvcc"}
     out = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", out, source]
     subprocess.run(command, env=environment, check=True)
@@ -73,7 +73,9 @@ def test_wheel_works_outside_the_checkout(wheel, tmp_path):
 @pytest.mark.packaging
 def test_wheel_holds_sources_types_and_template(wheel):
     names = zipfile.ZipFile(wheel[1]).namelist()
-    for part in ("py.typed", "csrc/moments_update.cpp", "csrc/moments_update.h", "kernels/moments_update.py"):
+    sources = ("csrc/moments_update.cpp", "csrc/moments_update.h", "csrc/cuda/jacobi.cu", "csrc/cuda/device.h")
+    for part in ("py.typed", "kernels/moments_update.py", "kernels/blocks.json", *sources):
         assert f"loft_fast/{part}" in names
     assert "loft_fast/report.html.jinja" in names
     assert any(name.startswith("loft_fast/_native") for name in names) == (wheel[0] == "native")
+    assert ("loft_fast/_cuda.so" in names) == (wheel[0] == "native" and shutil.which("nvcc") is not None)
