@@ -238,8 +238,8 @@ def gram(
 ):
     """Of one piece of rows: a tile of Z^T Z, or the sums of a block of columns.
 
-    Of each piece, `triangle` programs are for tiles and `tiles` for sums. Consecutive programs read the same rows, which
-    the second-level cache then has. CENTER serves groups that are far from zero, and the other version the rest.
+    Of each piece, `triangle` programs are for tiles and `tiles` for sums. Consecutive programs read the same rows,
+    which the second-level cache then has. CENTER serves groups that are far from zero, and the other version the rest.
     """
     t, piece = tl.program_id(0) % (triangle + tiles), tl.program_id(0) // (triangle + tiles)
     start, end = tl.load(start_ptr + piece), tl.load(end_ptr + piece)
