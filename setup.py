@@ -24,7 +24,8 @@ class BuildBoth(build_ext):
         """As setuptools calls it."""
         super().run()
         nvcc = os.environ.get("LOFT_FAST_NVCC", shutil.which("nvcc") or "")
-        library = Path(self.get_ext_fullpath("loft_fast._native")).with_name("_cuda.so")
+        in_place = self.inplace or self.editable_mode  # setuptools itself carries only extensions to an editable source
+        library = (Path() if in_place else Path(self.build_lib)) / "loft_fast" / "_cuda.so"
         sources = sorted(Path("csrc/cuda").glob("*.cu"))
         newest = max(path.stat().st_mtime for path in Path("csrc/cuda").iterdir())
         if not nvcc or sys.platform != "linux" or (library.exists() and library.stat().st_mtime > newest):

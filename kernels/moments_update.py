@@ -17,7 +17,7 @@ from torch import Tensor
 
 from loft_fast.kernels.choice import Blocks, blocks_for, precision_for, processors
 from loft_fast.kernels.pieces import Pieces, cut
-from loft_fast.kernels.tiles import multiply, triangle_tile
+from loft_fast.kernels.tiles import MOST, multiply, triangle_tile
 
 _SAMPLE = 256  # rows of a group that tell where its mean is, spread over all of them
 _COLUMNS = 64  # of means that one program works out
@@ -55,7 +55,7 @@ def launch(
 
 def ranges(pieces: Pieces, size: int) -> Iterator[tuple[int, int]]:
     """From which piece to which at a time, where the results of one take `size` bytes."""
-    at_once = max(1, _WORKSPACE // size)
+    at_once = min(max(1, _WORKSPACE // max(size, 1)), MOST)
     for low in range(0, len(pieces), at_once):
         yield low, min(low + at_once, len(pieces))
 
@@ -81,7 +81,7 @@ def update(
     rest = x.new_empty(many, d, dtype=torch.float64)
     wide = x.element_size() == 4
     for center in (True,) if wide else (False, True):
-        gram[((triangle + tiles) * many,)](
+        gram[(triangle + tiles, many)](
             x,
             pieces.order,
             pieces.start[low:],
@@ -93,7 +93,6 @@ def update(
             rest,
             d,
             triangle,
-            tiles,
             *x.stride(),
             TILE=blocks.tile,
             ROWS=blocks.rows,
@@ -224,7 +223,6 @@ def gram(
     rest_ptr,
     d,
     triangle,
-    tiles,
     row_stride,
     col_stride,
     TILE: tl.constexpr,
@@ -238,10 +236,10 @@ def gram(
 ):
     """Of one piece of rows: a tile of Z^T Z, or the sums of a block of columns.
 
-    Of each piece, `triangle` programs are for tiles and `tiles` for sums. Consecutive programs read the same rows,
-    which the second-level cache then has. CENTER serves groups that are far from zero, and the other version the rest.
+    `triangle` programs along the first axis are for tiles and the rest for sums. Consecutive programs read the same
+    rows, which the second-level cache then has. CENTER serves groups far from zero, and the other version the rest.
     """
-    t, piece = tl.program_id(0) % (triangle + tiles), tl.program_id(0) // (triangle + tiles)
+    t, piece = tl.program_id(0), tl.program_id(1)
     start, end = tl.load(start_ptr + piece), tl.load(end_ptr + piece)
     if start == end:
         return

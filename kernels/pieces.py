@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-class Pieces(NamedTuple):
+@dataclass(frozen=True)
+class Pieces:
     """Rows order[start:end] of one group each; without an order, x[start:end]."""
 
     order: Tensor | None

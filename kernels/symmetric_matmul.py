@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from loft_fast.kernels.choice import Blocks, blocks_for, precision_for
-from loft_fast.kernels.tiles import multiply, triangle_tile
+from loft_fast.kernels.tiles import MOST, multiply, triangle_tile
 
 
 def launch(
@@ -20,19 +20,22 @@ def launch(
         precision: one of `choice.PRECISIONS`, for 32-bit products.
     """
     many, d = x.shape[0], x.shape[1]
+    if many > MOST:
+        split = zip(*(one.split(MOST) for one in (x, y, scale)), strict=True)
+        outs, sums = zip(*(launch(*part, precision, blocks) for part in split), strict=True)
+        return torch.cat(outs), torch.cat(sums)
     blocks = blocks or blocks_for("symmetric_matmul", x.dtype, d, x.device)
     tiles = triton.cdiv(d, blocks.tile)
     triangle = tiles * (tiles + 1) // 2
     out = torch.empty_like(x)
     sums = torch.empty(many, triangle, 2, dtype=torch.float32, device=x.device)
-    symmetric_matmul[(triangle * many,)](
+    symmetric_matmul[(triangle, many)](
         x,
         y,
         out,
         scale,
         sums,
         d,
-        triangle,
         TILE=blocks.tile,
         DEPTH=blocks.rows,
         EVEN=d % blocks.tile == 0 and d % blocks.rows == 0,
@@ -51,14 +54,13 @@ def symmetric_matmul(
     scale_ptr,
     sums_ptr,
     d,
-    triangle,
     TILE: tl.constexpr,
     DEPTH: tl.constexpr,
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One tile of the upper triangle of alpha X Y + beta X + gamma I, its mirror image, and its share of two sums."""
-    t, b = tl.program_id(0) % triangle, (tl.program_id(0) // triangle).to(tl.int64)
+    t, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i, j = triangle_tile(t)
     x_ptr += b * d * d
     y_ptr += b * d * d
@@ -93,6 +95,6 @@ def symmetric_matmul(
     tl.store(out_ptr + columns[:, None] * d + rows[None, :], tl.trans(total), mask=lower)
     trace = tl.sum(tl.where(diagonal & inside, total, 0.0))
     squares = tl.sum(tl.where(upper, total * total, 0.0) * tl.where(diagonal, 1.0, 2.0))
-    at_sums = sums_ptr + tl.program_id(0) * 2
+    at_sums = sums_ptr + (b * tl.num_programs(0) + t) * 2
     tl.store(at_sums, trace)
     tl.store(at_sums + 1, squares)

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from loft_fast.backends import interpreting
 
+MOST = 65535  # programs along the second axis of a grid; numbered along one axis alone, two kernels spill
 _INTERPRETED = tl.constexpr(interpreting())
 
 

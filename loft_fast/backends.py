@@ -102,9 +102,15 @@ def native_module() -> ModuleType:
 
 @cache
 def cuda_library() -> ctypes.CDLL | None:
-    """The CUDA kernels behind plain pointers; None where they were not built. Loading it needs no driver."""
+    """The CUDA kernels behind plain pointers; None where there are none. Loading them needs no driver."""
     path = Path(__file__).with_name("_cuda.so")
-    return ctypes.CDLL(str(path)) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        _log.warning("The CUDA kernels cannot be loaded (%s); loft_fast works without them.", error)
+        return None
 
 
 def _pick(op: str, device: torch.device | str, dtype: torch.dtype) -> _Entry:

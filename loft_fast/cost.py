@@ -11,7 +11,7 @@ import torch
 
 from loft_fast.errors import InputError
 
-PRODUCTS = 65  # of a projector by purification: 60 to 75 on spectra with a relative gap of 1e-6
+PRODUCTS = 70  # of a projector by purification: 60 to 80 on spectra with a relative gap of 1e-6
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ class Certificate:
         forget_kept: share of the forget variance kept, tr(PB).
         rank: dimension of the kept subspace.
         angle: the optimum is extreme for cos(angle) a - sin(angle) b; radians.
-        eigen_solves: full symmetric eigendecompositions spent.
+        eigen_solves: full symmetric eigendecompositions spent, or projectors by matrix products in their stead.
         seconds: wall time of `solve`.
         predicted: accuracies (percent) expected from moments and head, where the angle was chosen with them.
     """

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from loft_fast import backends
+from loft_fast.frontier import Point
 from loft_fast.goals import Goal
 from loft_fast.newton import Offer
 from loft_fast.objective import Objective
@@ -53,26 +54,24 @@ def descend(objectives: Sequence[Objective], goal: Goal, rank: int, offer: Offer
             paths[i].add(goal.residual(paths[i].angle, keep, drop), found.level[k], found.radius[k])
             if abs(paths[i].residuals[-1]) < _NEAR:
                 near.append(k)
-        done = set()
+        points: dict[int, Point | None] = {}
         if near:
             which = [left[k] for k in near]
-            points = prove(
+            proofs = prove(
                 [objectives[i] for i in which],
                 [paths[i].angle for i in which],
                 _spanned(found.projector[near], rank),
                 levels=[found.level[k] for k in near],
             )
-            # Nothing better is to be had in float32 near the optimum: a problem is offered once.
-            for i, point in zip(which, points, strict=True):
-                offer(i, paths[i].angle, point)
-                done.add(i)
-        left = [i for i in left if i not in done]
+            points = dict(zip(which, proofs, strict=True))
+        for i in left:
+            offer(i, paths[i].angle, points.get(i))
+        # Nothing better is to be had in float32 near the optimum: there is no second proof.
+        left = [i for i in left if i not in points]
         if not left:
             return
         for i in left:
             paths[i].step()
-    for i in left:
-        offer(i, paths[i].angle, None)
 
 
 class _Path:

@@ -75,14 +75,18 @@ def test_no_problems(use, backend, dtype):
     assert (out.shape, trace.shape, squares.shape) == ((0, 5, 5), (0,), (0,))
 
 
-@each_backend
-def test_without_a_product_nothing_is_read_for_it(use, backend, dtype):
-    if backend == "torch":
-        pytest.skip("the reference multiplies by zero")
-    device = use("symmetric_matmul", backend, dtype)
-    x, _ = commuting(1, 40, dtype)
+def test_without_a_product_nothing_is_read_for_it(use):
+    device = use("symmetric_matmul", "triton", F32)
+    x, _ = commuting(1, 40, F32)
     out, _, _ = symmetric_matmul(x.to(device), torch.full_like(x, float("nan")).to(device), alpha=0.0, beta=2.0)
     assert torch.equal(out.cpu(), 2 * x)
+
+
+def test_more_problems_than_a_grid_is_wide(use, monkeypatch):
+    kernel = pytest.importorskip("loft_fast.kernels.symmetric_matmul")
+    monkeypatch.setattr(kernel, "MOST", 2)
+    x, y = commuting(5, 6, F32)
+    check(use, "triton", F32, x, y, alpha=torch.arange(5.0), beta=1.0)
 
 
 def test_precisions(use):

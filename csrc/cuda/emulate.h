@@ -7,11 +7,12 @@
 
 #include <algorithm>
 #include <atomic>
-#include <barrier>
 #include <cmath>
+#include <condition_variable>
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -32,14 +33,36 @@ using cudaError_t = int;
 
 namespace emulated {
 
+// Threads that wait sleep: hundreds that spin would take the processors from everything else.
+class Barrier {
+ public:
+  explicit Barrier(int threads) : threads_(threads) {}
+  void wait() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    if (++waiting_ == threads_) {
+      waiting_ = 0, ++round_;
+      all_.notify_all();
+      return;
+    }
+    for (const auto round = round_; round == round_;) all_.wait(lock);
+  }
+
+ private:
+  const int threads_;
+  int waiting_ = 0;
+  std::uint64_t round_ = 0;
+  std::mutex mutex_;
+  std::condition_variable all_;
+};
+
 struct Warp {
-  std::barrier<> barrier;
+  Barrier barrier;
   std::uint64_t words[32][8];
   explicit Warp(int lanes) : barrier(lanes) {}
 };
 
 struct Block {
-  std::barrier<> barrier;
+  Barrier barrier;
   std::vector<std::unique_ptr<Warp>> warps;
   std::vector<std::uint64_t> shared;
   int votes = 0;
@@ -56,9 +79,9 @@ inline thread_local int lane;
 template <class Use>
 auto exchange(const void* words, std::size_t bytes, Use use) {
   std::memcpy(warp->words[lane], words, bytes);
-  warp->barrier.arrive_and_wait();
+  warp->barrier.wait();
   auto result = use(warp->words);
-  warp->barrier.arrive_and_wait();
+  warp->barrier.wait();
   return result;
 }
 
@@ -66,9 +89,9 @@ auto exchange(const void* words, std::size_t bytes, Use use) {
 
 inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 
-inline void __syncthreads() { emulated::block->barrier.arrive_and_wait(); }
+inline void __syncthreads() { emulated::block->barrier.wait(); }
 
-inline void __syncwarp() { emulated::warp->barrier.arrive_and_wait(); }
+inline void __syncwarp() { emulated::warp->barrier.wait(); }
 
 inline int __syncthreads_or(int predicate) {
   if (threadIdx.x == 0) emulated::block->votes = 0;

@@ -1,8 +1,8 @@
 // Exact moments on integer matrix units: rows as 16-bit integers, their sums and products in 64 bits.
 //
-// An integer q = 256 h + l has a signed byte h and an unsigned byte l, so that q q' = 65536 h h' + 256 (h l' + l h') + l l':
-// four byte products, summed in 32 bits over the rows of a piece, at most kMostRows, then in 64. Integers add up to the same bits in any
-// order: atomic additions are as good as others.
+// An integer q = 256 h + l has a signed byte h and an unsigned byte l, so that q q' = 65536 h h' + 256 (h l' + l h') +
+// l l': four byte products, summed in 32 bits over the rows of a piece, at most kMostRows, then in 64. Integers add up to
+// the same bits in any order: atomic additions are as good as others.
 //
 // `limbs` writes the bytes with the rows of a column one after another, as the matrix units want them; `integer_gram`
 // multiplies tiles of 64 columns.

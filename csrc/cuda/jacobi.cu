@@ -13,6 +13,11 @@
 
 namespace loft_fast {
 
+#ifdef LOFT_EMULATE
+constexpr int kMostWarps = 3;  // of a block: several, and not as many as the pairs
+#else
+constexpr int kMostWarps = 16;
+#endif
 constexpr int kSweeps = 24;        // more than any matrix was seen to need
 constexpr float kOrthogonal = 1e-6f;  // cosine of the angle between two columns that are left as they are
 
@@ -36,7 +41,7 @@ __device__ inline void partners(int m, int round, int k, int& p, int& q) {
 
 // matrices: (problems, d, d). values: (problems, d), ascending; vectors: (problems, d, d), a column each; sweeps: how many
 // were needed, or -1 where it did not converge. workspace: (problems, d, d) where shared memory is too small, or null.
-__global__ void __launch_bounds__(512) jacobi(const float* matrices, float* values, float* vectors, int* sweeps, int d,
+__global__ void __launch_bounds__(32 * kMostWarps) jacobi(const float* matrices, float* values, float* vectors, int* sweeps, int d,
                                               float* workspace) {
   SHARED_MEMORY(float, shared);
   const int problem = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
@@ -146,11 +151,11 @@ __global__ void __launch_bounds__(512) jacobi(const float* matrices, float* valu
 
 }  // namespace loft_fast
 
-// Returns a cudaError_t. workspace as for the kernel; it has to be null where the matrix fits into `shared_limit` bytes.
+// Returns a cudaError_t. workspace as for the kernel.
 extern "C" int loft_fast_jacobi(const float* matrices, float* values, float* vectors, int* sweeps, int problems, int d,
                                 float* workspace, void* stream) {
   if (problems == 0 || d == 0) return 0;
-  const int pairs = (d + 1) / 2, warps = pairs < 1 ? 1 : pairs > 16 ? 16 : pairs;
+  const int pairs = (d + 1) / 2, warps = pairs > loft_fast::kMostWarps ? loft_fast::kMostWarps : pairs;
   const std::size_t kept = loft_fast::norms_kept(d) + (workspace ? 0 : static_cast<std::size_t>(d) * d);
   return launch(loft_fast::jacobi, dim3(problems), 32 * warps, kept * sizeof(float), static_cast<cudaStream_t>(stream),
                 matrices, values, vectors, sweeps, d, workspace);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,18 +126,10 @@ def _native(
 
 
 @backends.implements(_OP, "cuda", devices=("cuda",), by_request=True)
-def _cuda(
-    x: Tensor,
-    scale: float,
-    count: Tensor,
-    total: Tensor,
-    clipped: Tensor,
-    product: list[Tensor],
-    group: Tensor | None,
-) -> None:
+def _cuda(*arguments: Any) -> None:
     from loft_fast.kernels import cuda
 
-    cuda.quantized_update(x, scale, count, total, clipped, product, group)
+    cuda.quantized_update(*arguments)
 
 
 backends.implements(_OP, "torch")(reference.quantized_update)

@@ -21,7 +21,7 @@ def symmetric_matmul(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """alpha X Y + beta X + gamma I, exactly symmetric, for every pair of a batch; and two sums that come for free.
 
-    Where alpha is zero, nothing is multiplied: X is copied.
+    The Triton kernel reads nothing for the product where alpha is zero.
 
     Args:
         x, y: (B, d, d) float32 or float64, symmetric, and of every pair X Y = Y X. y=None: X itself. d >= 1.
