@@ -47,7 +47,7 @@ def descend(objectives: Sequence[Objective], goal: Goal, rank: int, offer: Offer
     left = list(range(len(objectives)))
     for _ in range(_MAX_STEPS):
         turn = retain.new_tensor([paths[i].angle for i in left]).view(-1, 1, 1)
-        a, b = retain[left], forget[left]
+        a, b = (retain, forget) if len(left) == len(objectives) else (retain[left], forget[left])
         found = topk_projector(torch.addcmul(turn.cos() * a, turn.sin(), b, value=-1), rank, _window(paths, left))
         near = []
         for k, (i, keep, drop) in enumerate(zip(left, _kept(found, a), _kept(found, b), strict=True)):

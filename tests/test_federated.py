@@ -447,7 +447,7 @@ def test_floats_that_are_none_are_refused(tmp_path, bad):
 
 
 def test_a_client_that_has_nan_says_so_itself(tmp_path, monkeypatch):
-    monkeypatch.setattr("federation.rows", lambda *_: (torch.full((3, DIM), float("nan")), torch.zeros(3).long()))
+    monkeypatch.setattr("client_rows.rows", lambda *_: (torch.full((3, DIM), float("nan")), torch.zeros(3).long()))
     with server_in(tmp_path) as server, pytest.raises(FederatedError, match=r"it failed: InputError: x: .*NaN"):
         server.collect(FakeGrid([1]), **QUICK)
 
@@ -484,7 +484,8 @@ def test_few_rows_of_many_features_are_plausible_and_little_else_is():
 KILLED = """
 import os, sys
 sys.path.insert(0, {tests!r})
-from federation import FakeGrid, DIM, EXACT
+from client_rows import DIM, EXACT
+from federation import FakeGrid
 from loft_fast.federated import MomentsServer
 grid = FakeGrid(range(1, 6))
 def die(answer):
