@@ -16,6 +16,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from loft_fast import backends
+
 RESULTS = Path(__file__).parent / "results"
 LOSS = 0.2  # of a ratio: more than that is a regression
 
@@ -33,12 +35,13 @@ def read(path: Path) -> list[Row]:
 
 
 def machine() -> str:
-    """A name for this kind of machine: its processor and how many cores there are."""
+    """A name for this kind of machine: its processor, how many cores there are and the instructions that serve."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists() and (found := re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())):
         model = found[1]
-    return re.sub(r"[^a-z0-9]+", "-", f"{model} {os.cpu_count()} cores".lower()).strip("-")
+    instructions = backends.native_module().instructions() if "native" in backends.available() else ""
+    return re.sub(r"[^a-z0-9]+", "-", f"{model} {os.cpu_count()} cores {instructions}".lower()).strip("-")
 
 
 def table(rows: list[Row], stored: list[Row]) -> str:

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "instructions.h"
 #include "moments_update.h"
 #include "peak.h"
 #include "project.h"
@@ -67,5 +68,8 @@ PYBIND11_MODULE(_native, module) {
             loft_fast::symmetric_sum(reinterpret_cast<double*>(out), pointers<const double>(matrices), d, threads);
         },
         py::call_guard<py::gil_scoped_release>());
+    module.def("instructions", &loft_fast::instructions_name);
+    module.def("known_instructions", &loft_fast::known_instructions);
+    module.def("use_instructions", &loft_fast::use_instructions);
     module.def("multiply_adds", &loft_fast::multiply_adds, py::call_guard<py::gil_scoped_release>());
 }

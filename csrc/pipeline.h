@@ -16,10 +16,10 @@
 
 namespace loft_fast {
 
-constexpr int64_t kBlock = 512;      // rows added to a state at a time
 constexpr int64_t kChunk = 64;       // rows packed in a step
-constexpr int64_t kAhead = 4;        // rows that are fetched while one is packed
+constexpr int64_t kRows = 8;         // of these, packed one panel at a time
 constexpr int64_t kApart = 320;      // bytes between panels: without, the same rows of all would share a few cache sets
+constexpr int kJoin = 2;             // threads up to which it costs less that each packs all rows
 constexpr int kSpins = 1000;         // tries before a waiting thread gives way to others
 constexpr int64_t kSmall = 1 << 21;  // multiply-adds below which a thread costs more than it brings
 
@@ -48,12 +48,21 @@ struct Source {
 constexpr int64_t panels_of(int64_t d, int width) { return (d + width - 1) / width; }
 constexpr int64_t chunks_of(int64_t rows) { return (rows + kChunk - 1) / kChunk; }
 
-// A team of threads at work on a list of blocks. A stage is a list of steps: prepare a block, pack the one before it,
-// multiply the one before that. Every member takes the next step, and waits only where a stage begins until all of the
-// last one is done.
+// Tiles of a list of blocks, block by block: how many are taken and done.
+struct Queue {
+    std::atomic<int64_t> taken{0}, done{0};
+};
+
+// Threads at work on a list of blocks.
+//     team   A stage is a list of steps: prepare a block, pack the one before it, multiply the one before that. Every
+//            member takes the next step, and waits only where a stage begins until all of the last one is done.
+//     join   Everyone has a pipeline of its own and packs all rows, but takes only the next of the tiles. Rows packed
+//            twice cost less than lines that two processors write to in turn, which may be far apart.
 //
 // Job: what is done with the rows. Of two blocks at a time, told apart by a slot, 0 or 1:
-//     Input, Value, bytes       types of a row's and of a packed number; width of a vector
+//     Input                     type of a row's number
+//     Kernel                    how packed numbers are multiplied: Numbers, IntegerPairs
+//     block                     rows added to a state at a time
 //     fold                      rows that share a packed number
 //     parts, part(from, k, to)  a packed number is made of so many, which are multiplied one after another; those of
 //                               one row of a sliver
@@ -62,18 +71,19 @@ constexpr int64_t chunks_of(int64_t rows) { return (rows + kChunk - 1) / kChunk;
 //     preparations()            how many steps it takes to prepare a block
 //     prepare(block, slot, i)   one of them
 //     open(chunk)               rows of this chunk come next
-//     place(rows, stride, columns, panel, slot, chunk, out)   pack some columns of `fold` rows; the last may be null
+//     place(rows, count, stride, columns, panel, slot, chunk, out)   pack some columns of so many rows
 //     finish(block, slot)       all rows are packed
+//     close(block)              it is the last one of its group, and nobody will ask for the state's vectors any more
 //     fetch(block, p, q)        the product of panels p and q will be needed soon
-//     multiply(left, right, rows, acc)   slivers of one part by a panel, of so many packed rows
 //     settle(block, slot, p, q, acc)   here is the product, of all parts
 template <typename Job>
 class Pipeline {
     using In = typename Job::Input;
-    using T = typename Job::Value;
-    static constexpr int kWidth = Shape<T, Job::bytes>::width, kHeight = Shape<T, Job::bytes>::height;
+    using Kernel = typename Job::Kernel;
+    using T = typename Kernel::Packed;
+    static constexpr int kWidth = Shape<T, Kernel::bytes>::width, kHeight = Shape<T, Kernel::bytes>::height;
     static constexpr int kFold = Job::fold, kParts = Job::parts;
-    static_assert(kChunk % kFold == 0);
+    static_assert(kChunk % kRows == 0 && kRows % kFold == 0);
 
     static constexpr int64_t packed(int64_t rows) { return (rows + kFold - 1) / kFold; }
 
@@ -84,14 +94,15 @@ class Pipeline {
         Aligned<T> slivers;
     };
 
+    // members: of the team; one for `join`.
     Pipeline(const Source<In>& source, const typename Job::State& state, int64_t rows, int members)
         : source_(source),
           d_(source.x.d),
           panels_(panels_of(d_, kWidth)),
           stride_(kWidth * packed(rows) + kApart / static_cast<int64_t>(sizeof(T))),
           chunks_(chunks_of(rows)),
-          job_(source, state, rows),
-          packed_rows_{Aligned<T>(panels_ * stride_), Aligned<T>(panels_ * stride_)} {
+          job_(source, state, rows) {
+        for (int slot = 0; slot < (members > 1 ? 2 : 1); ++slot) packed_rows_.emplace_back(panels_ * stride_);
         // Long runs of tiles cut a panel less often, but there must be some for everyone.
         const int64_t length = 1 + panels_ / (1 + members / 8);
         for (int64_t panel = 0; panel < panels_; ++panel)
@@ -102,20 +113,23 @@ class Pipeline {
     // Steps of one stage: more members than that have nothing to do.
     int64_t steps() const { return job_.preparations() + chunks_ + static_cast<int64_t>(tiles_.size()); }
 
-    // Get ready for these blocks.
-    void open(const Block* blocks, int64_t count) {
+    // Get ready for these blocks; with a queue of their tiles, to join others at them.
+    void open(const Block* blocks, int64_t count, Queue* queue = nullptr) {
         blocks_ = blocks;
         count_ = count;
+        queue_ = queue;
         next_ = done_ = packed_ = 0;
     }
 
     // Work until nothing is left to take; every member calls it.
-    LOFT_INLINE void work(Scratch& own) {
+    LOFT_INLINE void work(Scratch& own) { queue_ ? join(own) : team(own); }
+
+  private:
+    LOFT_INLINE void team(Scratch& own) {
         const int64_t total = (count_ + 2) * steps(), preparations = job_.preparations();
         for (int64_t id; (id = next_.fetch_add(1)) < total; done_.fetch_add(1)) {
             const int64_t stage = id / steps(), step = id % steps();
-            for (int spins = 0; done_.load() < stage * steps(); ++spins)
-                if (spins > kSpins) std::this_thread::yield();
+            wait(done_, stage * steps());
             if (step < preparations) {
                 if (exists(stage)) job_.prepare(blocks_[stage], stage % 2, step);
             } else if (step < preparations + chunks_) {
@@ -126,9 +140,33 @@ class Pipeline {
         }
     }
 
-  private:
+    LOFT_INLINE void join(Scratch& own) {
+        const auto tiles = static_cast<int64_t>(tiles_.size());
+        int64_t ready = -1;  // the last block that is packed or not needed
+        for (int64_t id; (id = queue_->taken.fetch_add(1)) < count_ * tiles; queue_->done.fetch_add(1)) {
+            const int64_t index = id / tiles;
+            const Block& block = blocks_[index];
+            while (ready < index)
+                if (blocks_[++ready].group == block.group) {
+                    for (int64_t i = 0; i < job_.preparations(); ++i) job_.prepare(blocks_[ready], ready % 2, i);
+                    for (int64_t chunk = 0; chunk < chunks_; ++chunk) pack(ready, chunk);
+                }
+            wait(queue_->done, index * tiles);
+            multiply_add(index, tiles_[id % tiles], own);
+            if (block.last && id % tiles == tiles - 1) {
+                wait(queue_->done, id);  // those who have tiles of this group have read its vectors
+                job_.close(block);
+            }
+        }
+    }
+
+    static LOFT_INLINE void wait(const std::atomic<int64_t>& done, int64_t wanted) {
+        for (int spins = 0; done.load() < wanted; ++spins)
+            if (spins > kSpins) std::this_thread::yield();
+    }
+
     bool exists(int64_t block) const { return 0 <= block && block < count_; }
-    T* panel(int64_t block, int64_t p) const { return packed_rows_[block % 2].get() + p * stride_; }
+    T* panel(int64_t block, int64_t p) const { return packed_rows_[block % packed_rows_.size()].get() + p * stride_; }
 
     LOFT_INLINE void pack(int64_t index, int64_t chunk) {
         const Block& block = blocks_[index];
@@ -136,30 +174,37 @@ class Pipeline {
         const int64_t start = chunk * kChunk, end = std::min(block.n, start + kChunk), whole = d_ / kWidth;
         const int64_t stride = source_.x.col_stride;
         job_.open(chunk);
-        for (int64_t r = start; r < end; r += kFold) {
-            std::array<const In*, kFold> rows{};
-            for (int f = 0; f < kFold && r + f < end; ++f) {
-                rows[f] = source_.row(block.start + r + f);
-                if (source_.order && r + f + kAhead < block.n) {  // no hardware guesses where these rows are
-                    const In* later = source_.row(block.start + r + f + kAhead);
+        for (int64_t top = start; top < end; top += kRows) {
+            const int64_t count = std::min(kRows, end - top);
+            std::array<const In*, kRows> rows{};
+            for (int64_t r = 0; r < count; ++r) {
+                rows[r] = source_.row(block.start + top + r);
+                if (source_.order && top + r + kRows < block.n) {  // no hardware guesses where these rows are
+                    const In* later = source_.row(block.start + top + r + kRows);
                     for (int64_t j = 0; j < d_; j += 64 / static_cast<int64_t>(sizeof(In)))
                         LOFT_PREFETCH(later + j * stride, 0);
                 }
             }
             for (int64_t p = 0; p < whole; ++p) {
-                T* out = panel(index, p) + r / kFold * kWidth;
-                stride == 1 ? job_.place(rows, 1, kWidth, p, slot, chunk, out)
-                            : job_.place(rows, stride, kWidth, p, slot, chunk, out);
+                T* out = panel(index, p) + top / kFold * kWidth;
+                stride == 1 ? job_.place(rows, count, 1, kWidth, p, slot, chunk, out)
+                            : job_.place(rows, count, stride, kWidth, p, slot, chunk, out);
             }
             if (whole < panels_) {
-                T* out = panel(index, whole) + r / kFold * kWidth;
-                job_.place(rows, stride, d_ - whole * kWidth, whole, slot, chunk, out);
-                std::fill(out + d_ % kWidth, out + kWidth, T(0));
+                T* out = panel(index, whole) + top / kFold * kWidth;
+                job_.place(rows, count, stride, d_ - whole * kWidth, whole, slot, chunk, out);
+                for (int64_t r = 0; r < packed(count); ++r)
+                    std::fill(out + r * kWidth + d_ % kWidth, out + (r + 1) * kWidth, T(0));
             }
         }
         if (packed_.fetch_add(1) + 1 < chunks_) return;
         packed_ = 0;
         job_.finish(block, slot);
+        if (block.last && !queue_) job_.close(block);
+    }
+
+    Extent extent(int64_t p, int64_t q) const {
+        return {std::min<int64_t>(kWidth, d_ - p * kWidth), std::min<int64_t>(kWidth, d_ - q * kWidth), p == q};
     }
 
     LOFT_INLINE void multiply_add(int64_t index, const Tiles& tiles, Scratch& own) {
@@ -171,11 +216,12 @@ class Pipeline {
                 const T* from = panel(index, tiles.panel) + s;
                 for (int64_t r = 0; r < rows; ++r, from += kWidth, to += kHeight) Job::part(from, k, to);
             }
-        alignas(64) T acc[kParts * kWidth * kWidth];
+        alignas(64) typename Kernel::Sum acc[kParts * kWidth * kWidth] = {};
         for (int64_t p = tiles.left; p < tiles.right; ++p) {
             job_.fetch(block, tiles.panel, p);
             for (int k = 0; k < kParts; ++k)
-                Job::multiply(own.slivers.get() + k * kWidth * rows, panel(index, p), rows, acc + k * kWidth * kWidth);
+                multiply<Kernel>(own.slivers.get() + k * kWidth * rows, panel(index, p), rows, extent(tiles.panel, p),
+                                 acc + k * kWidth * kWidth);
             job_.settle(block, index % 2, tiles.panel, p, acc);
         }
     }
@@ -183,10 +229,11 @@ class Pipeline {
     const Source<In> source_;
     const int64_t d_, panels_, stride_, chunks_;
     Job job_;
-    std::array<Aligned<T>, 2> packed_rows_;
+    std::vector<Aligned<T>> packed_rows_;  // of blocks, in turn
     std::vector<Tiles> tiles_;
     const Block* blocks_ = nullptr;
     int64_t count_ = 0;
+    Queue* queue_ = nullptr;
     std::atomic<int64_t> next_{0}, done_{0}, packed_{0};
 };
 
@@ -217,58 +264,54 @@ struct Tile {
     }
 };
 
-// Run all rows through a job. group: for each row an index below `groups`, or null for one group. count: rows that each
-// group has seen, raised by those that are new.
+// Run all rows through a job. count: rows that each group has seen, raised by those that are new.
 template <typename Job>
-void run_pipeline(const Rows& x, const int64_t* group, int64_t groups, int64_t* count,
-                  const typename Job::State& state, int threads) {
-    // Counting sort of the row numbers by group.
-    std::vector<int64_t> begin(groups + 1, 0), order;
-    if (group) {
-        for (int64_t i = 0; i < x.n; ++i) ++begin[group[i] + 1];
-        for (int64_t g = 0; g < groups; ++g) begin[g + 1] += begin[g];
-        order.resize(x.n);
-        std::vector<int64_t> next(begin.begin(), begin.end() - 1);
-        for (int64_t i = 0; i < x.n; ++i) order[next[group[i]]++] = i;
-    } else {
-        begin[1] = x.n;
-    }
+void run_pipeline(const Rows& x, const Sorted& sorted, int64_t* count, const typename Job::State& state, int threads) {
+    const std::vector<int64_t>& begin = sorted.begin;
+    const int64_t groups = sorted.groups();
     std::vector<Block> blocks;
     std::vector<int64_t> first(groups + 1, 0);  // group g has the blocks first[g] .. first[g + 1]
     int64_t largest = 0;
     for (int64_t g = 0; g < groups; ++g) {
         const int64_t n = begin[g + 1] - begin[g];
         largest = std::max(largest, n);
-        for (int64_t done = 0; done < n; done += kBlock) {
-            const int64_t rows = std::min(kBlock, n - done);
+        for (int64_t done = 0; done < n; done += Job::block) {
+            const int64_t rows = std::min(Job::block, n - done);
             blocks.push_back({g, begin[g] + done, rows, count[g] + done, done == 0, done + rows == n});
         }
         first[g + 1] = static_cast<int64_t>(blocks.size());
     }
     const auto affordable = static_cast<int>(std::min<int64_t>(threads, 1 + x.n * x.d * x.d / kSmall));
     // Many groups of like size: everyone takes the next one and does it alone. Otherwise all work on the same one.
-    const bool alone = affordable > 1 && largest * affordable * 2 <= x.n;
+    const bool alone = largest * affordable * 2 <= x.n, join = alone || affordable <= kJoin;
 
     // All memory is allocated before the state is touched.
     using Team = Pipeline<Job>;
-    const int64_t rows = std::min(kBlock, largest);
-    const Source<typename Job::Input> source{x, group ? order.data() : nullptr};
+    const int64_t rows = std::min(Job::block, largest);
+    const Source<typename Job::Input> source{x, sorted.order.empty() ? nullptr : sorted.order.data()};
     std::deque<Team> teams;
-    for (int i = 0; i < (alone ? affordable : 1); ++i) teams.emplace_back(source, state, rows, alone ? 1 : affordable);
-    const int workers = alone ? affordable : static_cast<int>(std::min<int64_t>(affordable, teams[0].steps()));
+    for (int i = 0; i < (join ? affordable : 1); ++i) teams.emplace_back(source, state, rows, join ? 1 : affordable);
+    const int workers = join ? affordable : static_cast<int>(std::min<int64_t>(affordable, teams[0].steps()));
     std::vector<typename Team::Scratch> scratch;
     scratch.reserve(workers);
     for (int i = 0; i < workers; ++i) scratch.emplace_back(rows);
 
+    const auto all = static_cast<int64_t>(blocks.size());
+    Queue queue;
+    teams[0].open(blocks.data(), all);
     std::atomic<int> arrived{0};
     std::atomic<int64_t> next{0};
-    teams[0].open(blocks.data(), static_cast<int64_t>(blocks.size()));
     in_parallel(workers, [&] {
         const int i = arrived.fetch_add(1);
-        if (!alone) return work<Job::bytes>(teams[0], scratch[i]);
+        if (!join) return work<Job::Kernel::bytes>(teams[0], scratch[i]);
+        if (!alone) {
+            teams[i].open(blocks.data(), all, &queue);
+            return work<Job::Kernel::bytes>(teams[i], scratch[i]);
+        }
         for (int64_t g; (g = next.fetch_add(1)) < groups;) {
-            teams[i].open(blocks.data() + first[g], first[g + 1] - first[g]);
-            work<Job::bytes>(teams[i], scratch[i]);
+            Queue own;
+            teams[i].open(blocks.data() + first[g], first[g + 1] - first[g], &own);
+            work<Job::Kernel::bytes>(teams[i], scratch[i]);
         }
     });
     for (int64_t g = 0; g < groups; ++g) count[g] += begin[g + 1] - begin[g];

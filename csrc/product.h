@@ -6,23 +6,27 @@
 #include <type_traits>
 
 #include "half.h"
+#include "instructions.h"
 
 #if defined(__GNUC__)
 #define LOFT_INLINE inline __attribute__((always_inline))
 #define LOFT_LAMBDA __attribute__((always_inline))
+#define LOFT_NOINLINE __attribute__((noinline))
 #define LOFT_PREFETCH(address, write) __builtin_prefetch(address, write)
 #else
 #define LOFT_INLINE inline
 #define LOFT_LAMBDA
+#define LOFT_NOINLINE
 #define LOFT_PREFETCH(address, write)
 #endif
 #if defined(__GNUC__) && defined(__x86_64__)
 #define LOFT_X86 1
+#if defined(__clang__) || __GNUC__ >= 11
+#define LOFT_BF16 1  // the compiler knows these instructions
+#endif
 #endif
 
 namespace loft_fast {
-
-constexpr int64_t kChain = 256;  // rows added up in one register: a panel of them fits the first cache
 
 // `Bytes` as a vector register, so that no optimiser has to find the parallelism.
 #if defined(__GNUC__)
@@ -47,24 +51,79 @@ struct Shape {
     static_assert(width % height == 0);
 };
 
-// acc[i][j] = sum over rows r of left[r][i] * right[r][j]. right: a panel, (rows, width). left: another one, cut into
-// slivers of `height` columns, (rows, height) each.
+// One strip of a product: `height` rows of sums, Count vectors wide. A macro, since a template cannot choose the
+// instructions it is compiled for.
+//     left: a sliver, (rows, height); right: a panel, (rows, width), from the strip's first column on
+//     out: the strip's corner in a tile; what is there is added to or overwritten
+#define LOFT_STRIP(name, attributes, step)                                                                             \
+    template <typename Packed, typename Sum, int Bytes, int Count>                                                     \
+    attributes LOFT_NOINLINE void name(const Packed* left, const Packed* right, int64_t rows, bool add, Sum* out) {    \
+        using V = Vector<Packed, Bytes>;                                                                               \
+        using S = Vector<Sum, Bytes>;                                                                                  \
+        constexpr int kWidth = Shape<Packed, Bytes>::width, kHeight = Shape<Packed, Bytes>::height;                    \
+        S sum[kHeight][Count]; /* in registers, which a list of zeros would not be */                                  \
+        for (int i = 0; i < kHeight; ++i)                                                                              \
+            for (int v = 0; v < Count; ++v) sum[i][v] = S{};                                                           \
+        for (int64_t r = 0; r < rows; ++r, left += kHeight, right += kWidth)                                           \
+            for (int i = 0; i < kHeight; ++i)                                                                          \
+                for (int v = 0; v < Count; ++v)                                                                        \
+                    sum[i][v] = step(sum[i][v], (left[i] - V{}), reinterpret_cast<const V*>(right)[v]);                \
+        for (int i = 0; i < kHeight; ++i) {                                                                            \
+            S* to = reinterpret_cast<S*>(out + i * kWidth);                                                            \
+            for (int v = 0; v < Count; ++v) to[v] = add ? to[v] + sum[i][v] : sum[i][v];                               \
+        }                                                                                                              \
+    }
+
+#define LOFT_MULTIPLY_ADD(sum, a, b) (sum) + (a) * (b)
+LOFT_STRIP(strip_portable, , LOFT_MULTIPLY_ADD)
+#if LOFT_X86
+LOFT_STRIP(strip_avx2, __attribute__((target("avx2,fma"))), LOFT_MULTIPLY_ADD)
+LOFT_STRIP(strip_avx512, __attribute__((target("avx512f,prefer-vector-width=512"))), LOFT_MULTIPLY_ADD)
+#endif
+#undef LOFT_MULTIPLY_ADD
+
+// How panels of plain numbers are multiplied. Others (pair_product.h) have the same members.
 template <typename T, int Bytes>
-LOFT_INLINE void multiply(const T* left, const T* right, int64_t rows, T* acc) {
-    using V = Vector<T, Bytes>;
-    constexpr int kWidth = Shape<T, Bytes>::width, kHeight = Shape<T, Bytes>::height;
-    for (int64_t start = 0; start < rows; start += kChain) {
-        const int64_t chain = std::min(kChain, rows - start);
-        for (int top = 0; top < kWidth; top += kHeight) {
-            const T* a = left + top * rows + start * kHeight;
-            const T* b = right + start * kWidth;
-            V sum[kHeight][3] = {};
-            for (int64_t r = 0; r < chain; ++r, a += kHeight, b += kWidth)
-                for (int i = 0; i < kHeight; ++i)
-                    for (int v = 0; v < 3; ++v) sum[i][v] += a[i] * reinterpret_cast<const V*>(b)[v];
-            for (int i = 0; i < kHeight; ++i) {
-                V* out = reinterpret_cast<V*>(acc + (top + i) * kWidth);
-                for (int v = 0; v < 3; ++v) out[v] = start ? out[v] + sum[i][v] : sum[i][v];
+struct Numbers {
+    using Packed = T;
+    using Sum = T;
+    static constexpr int bytes = Bytes;
+    static constexpr int64_t chain = 256;  // rows added up in one register: a panel of them fits the first cache
+
+    template <int Count>
+    static LOFT_INLINE void strip(const T* left, const T* right, int64_t rows, bool add, T* out) {
+#if LOFT_X86
+        if constexpr (Bytes == 64) return strip_avx512<T, T, Bytes, Count>(left, right, rows, add, out);
+        if constexpr (Bytes == 32) return strip_avx2<T, T, Bytes, Count>(left, right, rows, add, out);
+#endif
+        strip_portable<T, T, Bytes, Count>(left, right, rows, add, out);
+    }
+};
+
+// The part of a tile that is wanted: its first rows and columns; of one on the diagonal, only the upper half.
+struct Extent {
+    int64_t height, width;
+    bool diagonal;
+};
+
+// acc[i][j] = sum over rows r of left[r][i] * right[r][j], and where it is not wanted, anything. right: a panel,
+// (rows, width). left: another one, cut into slivers of `height` columns, (rows, height) each.
+template <typename Kernel>
+LOFT_INLINE void multiply(const typename Kernel::Packed* left, const typename Kernel::Packed* right, int64_t rows,
+                          const Extent& extent, typename Kernel::Sum* acc) {
+    using Form = Shape<typename Kernel::Packed, Kernel::bytes>;
+    const auto vectors = static_cast<int>((extent.width + Form::lanes - 1) / Form::lanes);
+    for (int64_t start = 0; start < rows; start += Kernel::chain) {
+        const int64_t chain = std::min(Kernel::chain, rows - start);
+        for (int top = 0; top < extent.height; top += Form::height) {
+            const int skipped = extent.diagonal ? top / Form::lanes : 0, offset = skipped * Form::lanes;
+            const auto* a = left + top * rows + start * Form::height;
+            const auto* b = right + start * Form::width + offset;
+            auto* out = acc + top * Form::width + offset;
+            switch (vectors - skipped) {
+                case 3: Kernel::template strip<3>(a, b, chain, start > 0, out); break;
+                case 2: Kernel::template strip<2>(a, b, chain, start > 0, out); break;
+                case 1: Kernel::template strip<1>(a, b, chain, start > 0, out); break;
             }
         }
     }
@@ -105,14 +164,10 @@ void work(Team& team, typename Team::Scratch& own) {
     work_portable(team, own);
 }
 
-// The widest vectors of this machine, of those that kernels are compiled for: 64, 32 or 16 bytes.
+// Bytes of the vectors to use: 64, 32 or 16.
 inline int vector_bytes() {
-#if LOFT_X86
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw"))
-        return 64;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return 32;
-#endif
-    return 16;
+    const Instructions has = instructions();
+    return has >= Instructions::avx512 ? 64 : has == Instructions::avx2 ? 32 : 16;
 }
 
 }  // namespace loft_fast

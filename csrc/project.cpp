@@ -55,6 +55,10 @@ class Projector {
     }
 
   private:
+    static Extent extent(int64_t rows, int64_t columns) {
+        return {std::min<int64_t>(kWidth, rows), std::min<int64_t>(kWidth, columns), false};
+    }
+
     // A panel of U, (d, width); past its edge, zeros.
     LOFT_INLINE void pack_columns(int64_t p) {
         const int64_t left = p * kWidth, width = std::min<int64_t>(kWidth, s_ - left);
@@ -80,7 +84,8 @@ class Projector {
         alignas(64) T acc[kWidth * kWidth];
         for (int64_t p = 0; p < inner_; ++p)
             for (int64_t top = 0; top < n; top += kWidth) {
-                multiply<T, Bytes>(centered + top * d_, columns_.get() + p * kWidth * d_, d_, acc);
+                multiply<Numbers<T, Bytes>>(centered + top * d_, columns_.get() + p * kWidth * d_, d_,
+                                            extent(n - top, s_ - p * kWidth), acc);
                 T* to = own.coordinates.get() + top * s_;
                 for (int64_t i = 0; i < kWidth; ++i)
                     for (int64_t c = p * kWidth; c < std::min(s_, (p + 1) * kWidth); ++c)
@@ -88,7 +93,8 @@ class Projector {
             }
         for (int64_t p = 0; p < outer_; ++p)
             for (int64_t top = 0; top < n; top += kWidth) {
-                multiply<T, Bytes>(own.coordinates.get() + top * s_, rows_.get() + p * kWidth * s_, s_, acc);
+                multiply<Numbers<T, Bytes>>(own.coordinates.get() + top * s_, rows_.get() + p * kWidth * s_, s_,
+                                            extent(n - top, d_ - p * kWidth), acc);
                 const int64_t left = p * kWidth, width = std::min<int64_t>(kWidth, d_ - left);
                 for (int64_t i = 0; i < std::min<int64_t>(kWidth, n - top); ++i)
                     for (int64_t j = 0; j < width; ++j)

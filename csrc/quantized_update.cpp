@@ -15,23 +15,25 @@ struct Exact {
 };
 
 // Adds blocks of integers: exact, whatever is added first.
-template <typename In, int Bytes>
+template <typename In, int Bytes, bool Fused>
 class Quantize {
     static constexpr int kWidth = Shape<Pair, Bytes>::width;
-    static_assert(kBlock * kLargest * 128 <= INT32_MAX, "products with the parts of `low_of` and `high_of` must fit");
 
   public:
     using Input = In;
-    using Value = Pair;
+    using Kernel = IntegerPairs<Bytes, Fused>;
     using State = Exact;
-    static constexpr int bytes = Bytes, fold = 2, parts = 2;
+    static constexpr int fold = 2, parts = 2;
+    static constexpr int64_t block = 512;
+    static_assert(block * kLargest * 128 <= INT32_MAX, "products with the parts of `low_of` and `high_of` must fit");
 
     Quantize(const Source<In>& source, const State& state, int64_t rows)
         : state_(state),
           d_(source.x.d),
           panels_(panels_of(d_, kWidth)),
           sums_(chunks_of(rows) * panels_ * kWidth),
-          clipped_(chunks_of(rows)) {}
+          clipped_(chunks_of(rows)),
+          total_(d_) {}
 
     int64_t preparations() const { return 0; }
     LOFT_INLINE void prepare(const Block&, int, int64_t) {}
@@ -41,13 +43,15 @@ class Quantize {
         clipped_[chunk] = 0;
     }
 
-    LOFT_INLINE void place(const std::array<const In*, 2>& rows, int64_t stride, int64_t columns, int64_t p, int,
-                           int64_t chunk, Pair* out) {
-        int64_t first[kWidth], second[kWidth] = {};
-        quantize(rows[0], stride, columns, p, chunk, first);
-        if (rows[1]) quantize(rows[1], stride, columns, p, chunk, second);
-        for (int64_t j = 0; j < columns; ++j)
-            out[j] = pair_of(static_cast<int32_t>(first[j]), static_cast<int32_t>(second[j]));
+    LOFT_INLINE void place(const std::array<const In*, kRows>& rows, int64_t count, int64_t stride, int64_t columns,
+                           int64_t p, int, int64_t chunk, Pair* out) {
+        for (int64_t r = 0; r < count; r += 2) {
+            int64_t first[kWidth], second[kWidth] = {};
+            quantize(rows[r], stride, columns, p, chunk, first);
+            if (r + 1 < count) quantize(rows[r + 1], stride, columns, p, chunk, second);
+            for (int64_t j = 0; j < columns; ++j)
+                out[r / 2 * kWidth + j] = pair_of(static_cast<int32_t>(first[j]), static_cast<int32_t>(second[j]));
+        }
     }
 
     static LOFT_INLINE void part(const Pair* from, int k, Pair* to) {
@@ -61,16 +65,20 @@ class Quantize {
         std::memcpy(to, numbers, sizeof numbers);
     }
 
-    static LOFT_INLINE void multiply(const Pair* left, const Pair* right, int64_t pairs, int32_t* acc) {
-        multiply_pairs<Bytes>(left, right, pairs, acc);
+    LOFT_INLINE void finish(const Block& block, int) {
+        if (block.first) {
+            std::fill(total_.begin(), total_.end(), 0);
+            all_clipped_ = 0;
+        }
+        for (int64_t c = 0; c < chunks_of(block.n); ++c) {
+            for (int64_t j = 0; j < d_; ++j) total_[j] += static_cast<int64_t>(sums_[c * panels_ * kWidth + j]);
+            all_clipped_ += clipped_[c];
+        }
     }
 
-    LOFT_INLINE void finish(const Block& block, int) {
-        int64_t* total = state_.total + block.group * d_;
-        for (int64_t c = 0; c < chunks_of(block.n); ++c) {
-            for (int64_t j = 0; j < d_; ++j) total[j] += static_cast<int64_t>(sums_[c * panels_ * kWidth + j]);
-            state_.clipped[block.group] += clipped_[c];
-        }
+    void close(const Block& block) const {
+        for (int64_t j = 0; j < d_; ++j) state_.total[block.group * d_ + j] += total_[j];
+        state_.clipped[block.group] += all_clipped_;
     }
 
     LOFT_INLINE void fetch(const Block& block, int64_t p, int64_t q) const { tile(block, p, q).fetch(d_); }
@@ -111,16 +119,19 @@ class Quantize {
     const State state_;
     const int64_t d_, panels_;
     std::vector<double> sums_;
-    std::vector<int64_t> clipped_;
+    std::vector<int64_t> clipped_;  // of each chunk
+    std::vector<int64_t> total_;    // of the group so far
+    int64_t all_clipped_ = 0;
 };
 
 template <typename In>
-void dispatch(const Rows& x, const int64_t* group, int64_t* count, const Exact& state, int threads) {
-    const auto groups = static_cast<int64_t>(state.product.size());
+void dispatch(const Rows& x, const Sorted& sorted, int64_t* count, const Exact& state, int threads) {
+    if (instructions() >= Instructions::avx512_vnni)
+        return run_pipeline<Quantize<In, 64, true>>(x, sorted, count, state, threads);
     switch (vector_bytes()) {
-        case 64: return run_pipeline<Quantize<In, 64>>(x, group, groups, count, state, threads);
-        case 32: return run_pipeline<Quantize<In, 32>>(x, group, groups, count, state, threads);
-        default: return run_pipeline<Quantize<In, 16>>(x, group, groups, count, state, threads);
+        case 64: return run_pipeline<Quantize<In, 64, false>>(x, sorted, count, state, threads);
+        case 32: return run_pipeline<Quantize<In, 32, false>>(x, sorted, count, state, threads);
+        default: return run_pipeline<Quantize<In, 16, false>>(x, sorted, count, state, threads);
     }
 }
 
@@ -129,11 +140,12 @@ void dispatch(const Rows& x, const int64_t* group, int64_t* count, const Exact& 
 void quantized_update(const Rows& x, double inverse, const int64_t* group, int64_t* count, int64_t* total,
                       int64_t* clipped, const std::vector<int64_t*>& product, int threads) {
     const Exact state{inverse, total, clipped, product};
+    const Sorted sorted = sort_rows(x.n, group, static_cast<int64_t>(product.size()));
     switch (x.dtype) {
-        case DType::float64: return dispatch<double>(x, group, count, state, threads);
-        case DType::float32: return dispatch<float>(x, group, count, state, threads);
-        case DType::float16: return dispatch<Float16>(x, group, count, state, threads);
-        case DType::bfloat16: return dispatch<BFloat16>(x, group, count, state, threads);
+        case DType::float64: return dispatch<double>(x, sorted, count, state, threads);
+        case DType::float32: return dispatch<float>(x, sorted, count, state, threads);
+        case DType::float16: return dispatch<Float16>(x, sorted, count, state, threads);
+        case DType::bfloat16: return dispatch<BFloat16>(x, sorted, count, state, threads);
     }
 }
 

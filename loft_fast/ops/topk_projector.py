@@ -277,7 +277,9 @@ def _decomposed(matrix: Tensor, rank: int) -> TopK:
     value = values[:, -rank:].sum(1, dtype=torch.float64).tolist()
     level = values[:, -rank - 1 : values.shape[1] - rank + 1].mean(1).tolist()
     radius = values.abs().amax(1).tolist()
-    return TopK(kept @ kept.mT, value, value, level, radius, [0] * len(matrix))
+    projector = kept @ kept.mT
+    # Not every BLAS gives X X^T the same bits in both triangles.
+    return TopK((projector + projector.mT) / 2, value, value, level, radius, [0] * len(matrix))
 
 
 def _inner(x: Tensor, y: Tensor) -> Tensor:
