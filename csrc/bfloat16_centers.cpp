@@ -14,6 +14,7 @@ constexpr int64_t kSample = 8;        // every so many rows, one is looked at
 constexpr double kFar = 2;            // standard deviations of a mean from zero
 constexpr double kError = 1e-6;       // of a covariance, relative to its norm
 constexpr double kRounding = 2.4e-8;  // of a float32 number: standard deviation, relative to it
+constexpr double kSmall = 0x1p-90;    // a variance; products below 2^-126 are taken for zero
 
 class Centers {
   public:
@@ -84,7 +85,7 @@ class Centers {
         const auto n = static_cast<double>((end - begin + kSample - 1) / kSample);
         float* center = centers.data() + g * width_ + left;
         Spread& spread = spread_[id];
-        bool far = false;
+        bool far = false, small = false;
         for (int64_t j = 0; j < columns; ++j) {
             const double offset = sum[j] / n, mean = value_of(first[j * stride]) + offset;
             const double variance = std::max(0.0, squares[j] / n - offset * offset);
@@ -93,8 +94,9 @@ class Centers {
             spread.means += near ? mean * mean : 0.0;
             spread.variances += variance * variance;
             far |= !near;
+            small |= variance > 0 && variance < kSmall;
         }
-        return !far || exact(begin, end, left, columns, stride, center);
+        return !small && (!far || exact(begin, end, left, columns, stride, center));
     }
 
     LOFT_INLINE bool exact(int64_t begin, int64_t end, int64_t left, int64_t columns, int64_t stride,

@@ -62,7 +62,7 @@ inline Pair upper_halves(float first, float second) {
 }
 
 #if LOFT_X86
-// The same for bfloat16 rows, an even number of them, in pairs. Every difference is a bfloat16 number.
+// What center_panel does, for an even number of bfloat16 rows, in pairs. Every difference is a bfloat16 number.
 __attribute__((target("avx512f,avx512bw"))) LOFT_NOINLINE inline void center_pairs(const BFloat16* const* rows,
                                                                                    int64_t column, int64_t count,
                                                                                    const float* center, double* sum,

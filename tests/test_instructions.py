@@ -123,6 +123,7 @@ SETS = {
     "constant columns": far_in_some_columns(0.0) * (torch.arange(200) % 7 > 0) + 3 * (torch.arange(200) % 7 == 0),
     "as far as numbers go": normal(ROWS, 200, std=200) + 1e4,
     "rare and large": normal(ROWS, 200) + 1e4 * (normal(ROWS, 200, seed=1) > 4),
+    "so small that squares are hardly numbers": normal(ROWS, 200, std=1e-18),
     "sorted": normal(ROWS, 200).sort(0).values,
 }
 
