@@ -15,6 +15,8 @@ from torch.distributed import ProcessGroup
 
 from loft_fast import files
 from loft_fast.all_reduce import agree
+from loft_fast.bundles import Bundles
+from loft_fast.bundles import Key as Key
 from loft_fast.collective import TIMEOUT, Peers
 from loft_fast.errors import InputError
 from loft_fast.moments import (
@@ -32,8 +34,6 @@ from loft_fast.moments import (
     tensor_names,
 )
 from loft_fast.state import lasting
-
-Key = int | str
 
 
 class GroupedMoments:
@@ -54,6 +54,7 @@ class GroupedMoments:
     def __init__(self, dim: int, device: torch.device | str | None = None, exact: float | bool | None = None) -> None:
         self._empty = Moments(dim, device, exact)
         self._parts: dict[Key, Moments] = {}
+        self._bundles = Bundles()
 
     @classmethod
     def of(cls, parts: Mapping[Key, Moments], like: GroupedMoments | None = None) -> GroupedMoments:
@@ -66,9 +67,8 @@ class GroupedMoments:
         first = next(iter(parts.values()), None)
         if first is None and like is None:
             raise InputError("parts: got none, expected the moments of at least one group")
-        result = object.__new__(cls)
-        result._parts = {}
-        result._empty = (like._empty if first is None and like is not None else first)._blank()  # type: ignore[union-attr]
+        empty = (like._empty if first is None and like is not None else first)._blank()  # type: ignore[union-attr]
+        result = cls._made(empty, {})
         for key, part in zip(plain_keys(parts, "parts"), parts.values(), strict=True):
             if not isinstance(part, Moments) or part.dim != result.dim:
                 raise InputError(f"parts: got {part!r} of group {key!r}, expected Moments of dim {result.dim}")
@@ -145,6 +145,7 @@ class GroupedMoments:
         accumulate(parts, rows, index.to(self.device))
         self._empty = empty
         self._parts.update(zip(keys, parts, strict=True))
+        self._bundles.drop(keys)
         return self
 
     def remove(self, x: Tensor, group: Tensor | Sequence[Key]) -> GroupedMoments:
@@ -170,8 +171,7 @@ class GroupedMoments:
     def _reduce(self, peers: Peers, said: list[dict[str, Any]]) -> GroupedMoments:
         parts = sum_moments(peers, self._empty, self._parts, said)
         like = next(iter(parts.values()), self._empty)
-        self._empty, self._parts = like._blank(), parts
-        return self
+        return self._become(self._made(like._blank(), parts))
 
     # ---- the algebra ----
 
@@ -184,6 +184,7 @@ class GroupedMoments:
             result._parts[key] = pool(
                 [result._parts.get(key, result._empty), other._parts[key]], f"other (group {key!r})"
             )
+        result._bundles.drop(other)
         return result
 
     def __sub__(self, other: GroupedMoments) -> GroupedMoments:
@@ -195,16 +196,21 @@ class GroupedMoments:
         result = self.select(self.keys())
         for key in self._known(other.keys(), keys_name):
             result._parts[key] = subtract(result._parts[key], other._parts[key], f"{rows_name} (group {key!r})")
+        result._bundles.drop(other)
         return result
 
     def _become(self, other: GroupedMoments) -> GroupedMoments:
-        self._empty, self._parts = other._empty, other._parts
+        self._empty, self._parts, self._bundles = other._empty, other._parts, other._bundles
         return self
 
     def _blank(self) -> GroupedMoments:
         """No groups, of the same kind."""
-        result = object.__new__(type(self))
-        result._empty, result._parts = self._empty.copy(), {}
+        return self._made(self._empty.copy(), {})
+
+    @classmethod
+    def _made(cls, empty: Moments, parts: dict[Key, Moments]) -> GroupedMoments:
+        result = object.__new__(cls)
+        result._empty, result._parts, result._bundles = empty, parts, Bundles()
         return result
 
     # ---- groups in and out ----
@@ -213,6 +219,7 @@ class GroupedMoments:
         """Only these groups; memory is shared with self until one of the two changes."""
         result = self._blank()
         result._parts = {key: self._parts[key].copy() for key in self._known(keys)}
+        result._bundles = self._bundles.copy()
         return result
 
     def without(self, keys: Iterable[Key]) -> GroupedMoments:
@@ -221,8 +228,12 @@ class GroupedMoments:
         return self.select([key for key in self.keys() if key not in dropped])
 
     def total(self) -> Moments:
-        """Moments of all rows. On the CPU bit for bit the same whether a group was never seen or forgotten."""
-        return pool([self._empty, *(self._parts[key] for key in self.keys())], "total")
+        """Moments of all rows. On the CPU bit for bit the same whether a group was never seen or forgotten.
+
+        Where there are many groups, k, about sqrt(k) sums of some of them are kept: after a change, or in what
+        `without` returns, only sums that it concerns are made again.
+        """
+        return self._bundles.total(self._empty, self._parts, self.keys())
 
     def forget(self, keys: Iterable[Key]) -> GroupedMoments:
         """Drop these groups for good. Returns self."""
@@ -233,13 +244,12 @@ class GroupedMoments:
         result = self.select(self.keys())
         for other in others:
             result._parts.update(other._parts)
+            result._bundles.drop(other)
         return result
 
     def map(self, function: Callable[[Moments], Moments]) -> GroupedMoments:
         """What `function` makes of every group, which must be of one kind; it is called with one of no rows as well."""
-        result = object.__new__(type(self))
-        result._empty, result._parts = function(self._empty), {key: function(self[key]) for key in self.keys()}
-        return result
+        return self._made(function(self._empty), {key: function(self[key]) for key in self.keys()})
 
     def _known(self, keys: Iterable[Key], name: str = "keys") -> list[Key]:
         """`keys` (the argument `name`) as plain numbers and strings, each of which is a group here."""
@@ -294,9 +304,7 @@ class GroupedMoments:
             fits = False
         if not fits:
             raise contradiction(source)
-        result = object.__new__(cls)
-        result._empty, result._parts = empty, dict(zip(keys, parts, strict=True))
-        return result
+        return cls._made(empty, dict(zip(keys, parts, strict=True)))
 
     def digest(self) -> str:
         """SHA-256 of all groups and their keys, in hexadecimal; of exact moments the same if and only if the rows are.
