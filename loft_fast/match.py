@@ -28,7 +28,7 @@ def match_retrained(
     validation: Iterable[Any],
     *,
     rate: float,
-    epochs: int = 4,
+    epochs: int = 6,
     sites: Sequence[str] | None = None,
     progress: bool = True,
 ) -> Unseen:
@@ -43,7 +43,7 @@ def match_retrained(
         retain: loader over the rows to keep, (x, y) or dictionaries with labels; passed over `epochs` + 1 times.
         forget: loader over the rows to forget; its batches are kept in memory meanwhile.
         validation: loader over some hundred rows that the model was not trained on.
-        rate: step size of Adam at the start; it falls to nothing. Start with a third of the largest of the training.
+        rate: step size of Adam at the start; it falls to nothing. Start with 0.8 of the largest of the training.
         epochs: passes over the retain rows.
         sites: as for `unseen`.
         progress: show progress bars.

@@ -9,6 +9,12 @@ given the confidence that the other has among the hardest tenth of what it has n
 Several layers are tried, with random ReLU features of what is there: what is hard for a linear function of the input is
 not what is hard for a network. A place is good if unseen rows are told apart there and those that the model saw look no
 different. All places about as good as the best vote: a few hundred validation rows cannot tell which of them is best.
+
+Forget rows that look like any retain rows to the discriminants are taken for a random sample of such: what their votes
+make of the sample as a whole is chance. Others are a kind of rows that a retrained model will not have met. Two things
+then change. What the network learnt of them helps the more the later one looks, and no retain row tells by how much:
+the earliest place counts where the discriminant does about as well as the model. And what the model is better than the
+discriminant by, it owes to rows of the same kind: as many of the forget rows are wrong as the discriminant gets wrong.
 """
 
 from __future__ import annotations
@@ -37,6 +43,7 @@ WIDTH = 2048
 _SITES = 6  # places to look at, spread over the model
 _LOOK_AFTER, _HOPELESS = 4096, 5.0  # rows, and points of cost: worse places are left out from there on
 _AS_GOOD = 1.5  # points of cost: the standard error of an accuracy from some hundred rows
+_OTHER = 1.63  # Kolmogorov's statistic above which two samples are of two kinds (1 in 100 of one kind are so far apart)
 _FOLD, _FOLD_ROWS = 5, 10_000  # every fifth of so many retain rows is left out of the fit, and fewer later on
 _TEMPERATURES = [10 ** (0.1 * i) for i in range(21)]
 _SHIFT = 0.3  # of random features, in standard deviations
@@ -98,21 +105,43 @@ def unseen(
             candidate.add(caught.get(candidate.place), labels, logits.shape[1])
         # Most of the work is for places that are no good. A loader may be sorted by class, though.
         if rows >= _LOOK_AFTER > rows - len(labels) and all(one.knows(held.labels) for one in candidates if one.count):
-            candidates = [one.source for one in _best(candidates, held, _HOPELESS)]
-    voters = _Voters(_best(candidates, held, _AS_GOOD))
-    seen = [_look(target, [one.place for one in voters.parts], batch, "forget") for batch in forget]
-    foretold, right = _foretell(voters, held, seen)
-    read = tuple((str(one.place), one.accuracy, one.contamination) for one in voters.parts)
+            fitted = _fit(candidates, held)
+            good = [*_best(fitted, _HOPELESS), _earliest(fitted, held)]
+            candidates = [one for one in candidates if any(one is other.source for other in good)]
+    fitted = _fit(candidates, held)
+    voters, early = _Voters(_best(fitted, _AS_GOOD)), _Voters([_earliest(fitted, held)])
+    look_at = list({one.place: None for one in (*voters.parts, *early.parts)})
+    seen = [_look(target, look_at, batch, "forget") for batch in forget]
+    foretold, right, used = _foretell(voters, early, held, seen)
+    read = tuple((str(one.place), one.accuracy, one.contamination) for one in used.parts)
     return Unseen(foretold, right, _percent(held.right), read, rows, steps)
 
 
-def _best(candidates: list[_Candidate], held: _Held, within: float) -> list[_Fitted]:
-    """The discriminants, the best first, whose cost is within so many points of its."""
+def _fit(candidates: list[_Candidate], held: _Held) -> list[_Fitted]:
+    """The discriminants, in the order of the model."""
     fitted = [candidate.fit(held) for candidate in candidates if candidate.count]
     if not fitted:
         raise InputError("retain: it yielded no rows at any of the sites, expected at least one batch")
-    fitted.sort(key=lambda one: one.cost)
-    return [one for one in fitted if one.cost <= fitted[0].cost + within]
+    return fitted
+
+
+def _best(fitted: list[_Fitted], within: float) -> list[_Fitted]:
+    """The discriminants, the best first, whose cost is within so many points of its."""
+    least = min(one.cost for one in fitted)
+    return sorted((one for one in fitted if one.cost <= least + within), key=lambda one: one.cost)
+
+
+def _earliest(fitted: list[_Fitted], held: _Held) -> _Fitted:
+    """The first that does about as well as the model, and on rows that the model saw no better; else the best."""
+    enough, doubt = _percent(held.right) - _AS_GOOD, 3 * _standard_error(held.right)
+    same = (one for one in fitted if one.contamination <= doubt and one.accuracy + one.contamination >= enough)
+    return next(same, _best(fitted, 0.0)[0])
+
+
+def _standard_error(right: Tensor) -> float:
+    """Of the percentage of rows that are right."""
+    share = float(right.double().mean())
+    return 100 * (share * (1 - share) / len(right)) ** 0.5
 
 
 def margins(logits: Tensor, labels: Tensor) -> Tensor:
@@ -122,17 +151,46 @@ def margins(logits: Tensor, labels: Tensor) -> Tensor:
     return true.squeeze(1) - scores.scatter(1, labels.unsqueeze(1), -torch.inf).logsumexp(1)
 
 
+def _leads(scores: Tensor, labels: Tensor) -> Tensor:
+    """Score of the true class less that of the best other one, (n,), in float64: positive where a row is right."""
+    true = labels.unsqueeze(1)
+    scores = scores.double()
+    return (scores.gather(1, true) - scores.scatter(1, true, -torch.inf).amax(1, keepdim=True)).squeeze(1)
+
+
 def _foretell(
-    voters: _Voters, held: _Held, seen: list[tuple[Tensor, Tensor, dict[Site, Tensor]]]
-) -> tuple[Tensor, float]:
-    """Log-probabilities of the forget rows, and what percent of them will be right."""
+    voters: _Voters, early: _Voters, held: _Held, seen: list[tuple[Tensor, Tensor, dict[Site, Tensor]]]
+) -> tuple[Tensor, float, _Voters]:
+    """Log-probabilities of the forget rows, what percent of them will be right, and whose judgement that is."""
     if not seen:
         raise InputError("forget: it yielded no batches, expected at least one")
-    labels = torch.cat([part[1] for part in seen])
-    ranks, others = voters.judge(labels, [part[2] for part in seen])
-    others = _flattened(others, held.temperature(voters))
-    foretold = _joined(held.margins.quantile(ranks.to(held.margins)), others, labels)
-    return foretold.float(), _percent(foretold.argmax(1) == labels)
+    labels, features = torch.cat([part[1] for part in seen]), [part[2] for part in seen]
+    ranks, others = voters.judge(labels, features)
+    right = float(held.right.double().mean())  # share of rows that are to come out right
+    even = (torch.arange(len(ranks), device=ranks.device) + 0.5) / len(ranks)
+    order = ranks.argsort(stable=True)
+    apart = float((ranks[order] - even).abs().max())
+    if apart * (1 / len(ranks) + 1 / len(voters.sorted)) ** -0.5 < _OTHER:
+        ranks[order] = even
+    else:
+        voters = early
+        ranks, others = voters.judge(labels, features)
+        aligned = _aligned(ranks, voters.parts[0].wrong, 1 - right)
+        right = float((ranks >= voters.parts[0].wrong).double().mean())
+        ranks = aligned
+    margin, temperature = held.margins.quantile(ranks.to(held.margins)), held.temperature(voters)
+    for flattest in [one for one in reversed(_TEMPERATURES) if one <= temperature]:
+        foretold = _joined(margin, _flattened(others, flattest), labels)
+        found = foretold.argmax(1) == labels
+        if int(found.sum()) <= round(right * len(labels)):  # a row that is to be wrong needs a class that is likelier
+            break
+    return foretold.float(), _percent(found), voters
+
+
+def _aligned(ranks: Tensor, wrong: float, other: float) -> Tensor:
+    """Ranks among rows of which the share `wrong` is wrong, as ranks among rows of which the share `other` is."""
+    below = ranks * (other / max(wrong, 1e-30))
+    return torch.where(ranks < wrong, below, 1 - (1 - ranks) * ((1 - other) / max(1 - wrong, 1e-30)))
 
 
 def _joined(margins: Tensor, others: Tensor, labels: Tensor) -> Tensor:
@@ -297,16 +355,17 @@ def _left_out(index: Tensor) -> Tensor:
 
 
 class _Fitted:
-    """A discriminant: where it reads, its margins on rows that the model saw and it did not, and what it is worth."""
+    """A discriminant: where it reads, its leads on rows that the model saw and it did not, and what it is worth."""
 
     def __init__(self, source: _Candidate, weight: Tensor, bias: Tensor, held: _Held) -> None:
         self.place, self.source = source.place, source
         self.weight, self.bias = weight, bias
         fold, truth = (torch.cat(column) for column in zip(*source.fold, strict=True))
-        self.left_out = margins(fold.double() @ weight.T + bias, truth)
-        fresh = margins(self.scores(held.features[self.place]), held.labels)
+        self.left_out = _leads(fold.double() @ weight.T + bias, truth)
+        fresh = _leads(self.scores(held.features[self.place]), held.labels)
         self.sorted = self.left_out.sort().values
-        self.accuracy, self.contamination = _percent(fresh > 0), _percent(self.left_out > 0) - _percent(fresh > 0)
+        self.wrong = float((self.left_out < 0).double().mean())
+        self.accuracy, self.contamination = _percent(fresh > 0), 100 * (1 - self.wrong) - _percent(fresh > 0)
         self.cost = max(0.0, self.contamination) - self.accuracy
 
     def scores(self, features: Tensor) -> Tensor:
@@ -314,7 +373,7 @@ class _Fitted:
         return self.source.read(features).double() @ self.weight.T + self.bias
 
     def ranks(self, found: Tensor) -> Tensor:
-        """What share of the left-out rows has smaller margins than these, (n,)."""
+        """What share of the left-out rows has smaller leads than these, (n,)."""
         return torch.searchsorted(self.sorted, found) / len(self.sorted)
 
 
@@ -330,7 +389,7 @@ class _Voters:
         votes, others = [], []
         for one in self.parts:
             scores = torch.cat([one.scores(batch[one.place]) for batch in features])
-            votes.append(one.ranks(margins(scores, labels)))
+            votes.append(one.ranks(_leads(scores, labels)))
             others.append(_without(scores, labels))
         ranks = torch.searchsorted(self.sorted, torch.stack(votes).mean(0)) / len(self.sorted)
         return ranks, torch.stack(others).logsumexp(0) - math.log(len(others))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench.quality import measures, originals, run, store, tune
+from bench.quality import forecasts, measures, originals, run, store, tune
 from bench.quality.data import DATA, load
 from bench.quality.data.data import Data, split
 from bench.quality.data.images import STYLES, styles
@@ -22,7 +22,7 @@ from bench.quality.networks import linear_map, mlp, with_map
 from bench.quality.originals import SHADOWS, Trained, hardness, logits, shadows, trained
 from bench.quality.problem import Rows
 from bench.quality.setups import RECIPES
-from bench.quality.tasks import GROUP_SHARE, KEPT, NOISE, ROUNDS, TASKS, TUNED_AS, make
+from bench.quality.tasks import GROUP_SHARE, KEPT, NOISE, ROUNDS, TASKS, TUNED_AS, make, sub_groups
 from bench.quality.training import Recipe, train
 
 CLASSES, WIDTH = 10, 12
@@ -161,6 +161,14 @@ def test_small_sub_groups_add_up(data):
     task = made("sub-group", small_groups)
     assert int(task.train.sum()) == 35
     assert len(small_groups.group[task.train].unique()) == 5
+
+
+def test_other_sub_groups_come_after(data):
+    sizes, first, second, third = torch.bincount(data.group), *(sub_groups(data, which) for which in range(3))
+    assert torch.equal(first, sub_groups(data))
+    assert len(set(torch.cat([first, second, third]).tolist())) == len(first) + len(second) + len(third)
+    assert sizes[first].min() >= sizes[second].max() >= sizes[second].min() >= sizes[third].max()
+    assert not sub_groups(data, 1000).numel()
 
 
 # Data
@@ -575,6 +583,17 @@ COSTS = ("seconds", "request_seconds", "peak_mib")
 def without_costs(records):
     """By key: what does not depend on the clock or on what else the process holds."""
     return {store.key(one): {name: part for name, part in one.items() if name not in COSTS} for one in records}
+
+
+def test_forecasts_stand_beside_retrained_networks(tiny, capsys):
+    tiny(forecasts, "--count", 2)
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert title.split() == ["tiny,", "mlp", "rows", "expected", "retrained", "validation", "rows"]
+    assert [line.split()[:2] for line in lines] == [[name, str(i)] for name in ("sub-group", "sample") for i in (1, 2)]
+    for line in lines:
+        *_, rows, expected, retrained, _ = line.split()
+        assert 30 <= int(rows) <= 100
+        assert abs(float(expected) - float(retrained)) < 25  # of at least 30 rows
 
 
 @pytest.fixture(scope="module")

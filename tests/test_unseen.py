@@ -3,6 +3,7 @@
 import copy
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,18 @@ from torch.nn import functional
 
 from loft_fast import InputError, SiteError, match_retrained, unseen
 from loft_fast.sites import find_site
-from loft_fast.unseen import WIDTH, _flattened, _Held, _joined, _left_out, _vectors, _without, margins
+from loft_fast.unseen import (
+    WIDTH,
+    _aligned,
+    _earliest,
+    _flattened,
+    _Held,
+    _joined,
+    _left_out,
+    _vectors,
+    _without,
+    margins,
+)
 
 CLASSES, WIDTH_IN, NOISE = 4, 12, 0.25
 BATCH = 100
@@ -86,6 +98,63 @@ def test_foretells_what_the_retrained_network_says(memorised):
     assert (found.rows, found.batches) == (900, 9)
     assert same(model, before)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_random_sample_is_foretold_to_do_as_well_as_any_unseen_rows(memorised):
+    """A hundred rows with by chance more or fewer wrong labels: of the sample as a whole, no vote says anything."""
+    model, (retain, _, validation), _ = memorised
+    for seed in range(3, 7):
+        found = unseen(model, retain, batches(*rows(100, seed)), validation, progress=False)
+        assert abs(found.accuracy - found.validation) < 3
+
+
+def with_others(n, seed):
+    """As `rows`; the last eighth are of a kind of their own, of class 0 and about halfway to class 1."""
+    x, y = rows(n, seed)
+    others = torch.arange(n) >= n - n // 8
+    centers = 2.5 * torch.randn(CLASSES, WIDTH_IN, generator=torch.Generator().manual_seed(0))
+    x[others] += 0.55 * centers[0] + 0.45 * centers[1] - centers[y[others]]
+    y[others] = 0
+    return x, y, others
+
+
+def test_rows_of_a_kind_that_is_not_retained_do_worse():
+    x, y, others = with_others(1600, seed=11)
+    model, retrained = train(x, y, seed=0), train(x[~others], y[~others], seed=1)
+    fresh, labels, gone = with_others(400, seed=12)
+    loaders = batches(x[~others], y[~others]), batches(x[others], y[others]), batches(fresh[~gone], labels[~gone])
+    found = unseen(model, *loaders, progress=False)
+    truth = accuracy(retrained, x[others], y[others])
+    assert accuracy(model, x[others], y[others]) > 95
+    assert truth < accuracy(retrained, fresh[~gone], labels[~gone]) - 5
+    assert abs(found.accuracy - truth) < 0.4 * abs(found.validation - truth)
+    assert [site for site, *_ in found.sites] == ["0:input"]
+
+
+@pytest.mark.parametrize(("wrong", "other"), [(0.25, 0.1), (0.1, 0.4), (0.0, 0.2), (0.3, 0.0), (1.0, 0.5)])
+def test_ranks_are_aligned_where_rows_begin_to_be_right(wrong, other):
+    ranks = torch.linspace(0, 1, 401, dtype=torch.float64)
+    found = _aligned(ranks, wrong, other)
+    assert bool((found.diff() >= 0).all())
+    assert float(found[-1]) == 1
+    assert bool((found[ranks < wrong] <= other).all())
+    assert bool((found[ranks >= wrong] >= other - 1e-12).all())
+
+
+@pytest.mark.parametrize(
+    ("places", "wanted"),
+    [
+        ([(90.0, 0.5), (96.0, 0.5), (97.0, 0.0)], 1),  # too weak; as good as the model, and first; better
+        ([(94.5, 1.7), (97.0, 0.0)], 0),  # rows left out, of which there are more, say that it is good enough
+        ([(93.0, 6.5), (97.0, 0.0)], 1),  # it knows rows that the model saw
+        ([(60.0, 1.0), (80.0, 0.5), (70.0, 0.0)], 1),  # none is as good as the model: the best
+    ],
+)
+def test_the_earliest_place_that_does_as_well_as_the_model(places, wanted):
+    seen = _Held([(functional.one_hot(torch.arange(200) // 195, 2), torch.zeros(200, dtype=torch.int64), {})])
+    assert seen.right.sum() == 195
+    fitted = [SimpleNamespace(accuracy=a, contamination=c, cost=max(0, c) - a) for a, c in places]
+    assert _earliest(fitted, seen) is fitted[wanted]
 
 
 class Voters:

@@ -73,8 +73,8 @@ def make(name: str, data: Data, hardness: Callable[[], Tensor]) -> Task:
         return _classes(name, data, [(label,) for label in order[: min(ROUNDS, data.classes - 2)]])
     n = len(data.train)
     if name == "sub-group":
-        groups = _groups(data)
-        return Task(name, (torch.isin(data.group, groups),), torch.isin(data.group_test, groups), ((),))
+        chosen = sub_groups(data)
+        return Task(name, (torch.isin(data.group, chosen),), torch.isin(data.group_test, chosen), ((),))
     chosen = torch.zeros(n, dtype=torch.bool)
     if name == "hardest":
         chosen[hardness().argsort(descending=True)[: n // 10]] = True
@@ -94,13 +94,18 @@ def _classes(name: str, data: Data, requests: list[tuple[int, ...]]) -> Task:
     return Task(name, rounds, torch.isin(data.test.y, everything), tuple(requests))
 
 
-def _groups(data: Data) -> Tensor:
-    """Sub-groups that are no classes of their own, largest first, until they make up GROUP_SHARE of the rows."""
+def sub_groups(data: Data, which: int = 0) -> Tensor:
+    """Sub-groups that are no classes of their own, largest first, until they make up GROUP_SHARE of the rows.
+
+    which: 1 for those that come after, 2 for those after them, and so on.
+    """
     count = torch.bincount(data.group)
     of_class = torch.zeros(len(count), data.classes)
     of_class.index_put_((data.group, data.train.y), torch.ones(len(data.group)), accumulate=True)
     whole = torch.bincount(data.train.y, minlength=data.classes)
     usable = (of_class <= 0.8 * whole).all(1) & (count > 0)
-    candidates = torch.where(usable)[0][count[usable].argsort(descending=True, stable=True)]
-    needed = int((count[candidates].cumsum(0) < GROUP_SHARE * len(data.group)).sum()) + 1
-    return candidates[:needed]
+    left = torch.where(usable)[0][count[usable].argsort(descending=True, stable=True)]
+    for _ in range(which + 1):
+        needed = int((count[left].cumsum(0) < GROUP_SHARE * len(data.group)).sum()) + 1
+        chosen, left = left[:needed], left[needed:]
+    return chosen

@@ -36,6 +36,6 @@ METHOD = Method(
     run,
     "this package",
     needs="retain, forget and validation rows",
-    search={"epochs": (4, 2), "rate": (0.3, 0.1, 0.5)},
+    search={"epochs": (6, 4), "rate": (0.8, 0.3, 0.5)},
     applies=lambda problem: not problem.gone,
 )
