@@ -133,15 +133,12 @@ def _best(fitted: list[_Fitted], within: float) -> list[_Fitted]:
 
 def _earliest(fitted: list[_Fitted], held: _Held) -> _Fitted:
     """The first that does about as well as the model, and on rows that the model saw no better; else the best."""
-    enough, doubt = _percent(held.right) - _AS_GOOD, 3 * _standard_error(held.right)
-    same = (one for one in fitted if one.contamination <= doubt and one.accuracy + one.contamination >= enough)
-    return next(same, _best(fitted, 0.0)[0])
-
-
-def _standard_error(right: Tensor) -> float:
-    """Of the percentage of rows that are right."""
-    share = float(right.double().mean())
-    return 100 * (share * (1 - share) / len(right)) ** 0.5
+    enough = _percent(held.right) - _AS_GOOD
+    for one in fitted:
+        doubt = 3 * (one.accuracy * (100 - one.accuracy) / len(held.labels)) ** 0.5  # three standard errors
+        if one.contamination <= doubt and one.accuracy + one.contamination >= enough:
+            return one
+    return _best(fitted, 0.0)[0]
 
 
 def margins(logits: Tensor, labels: Tensor) -> Tensor:
