@@ -164,17 +164,13 @@ def _foretell(
     labels, features = torch.cat([part[1] for part in seen]), [part[2] for part in seen]
     ranks, others = voters.judge(labels, features)
     right = float(held.right.double().mean())  # share of rows that are to come out right
-    even = (torch.arange(len(ranks), device=ranks.device) + 0.5) / len(ranks)
-    order = ranks.argsort(stable=True)
-    apart = float((ranks[order] - even).abs().max())
-    if apart * (1 / len(ranks) + 1 / len(voters.sorted)) ** -0.5 < _OTHER:
-        ranks[order] = even
+    if _like_any(ranks, len(voters.sorted)):
+        ranks = (ranks.argsort(stable=True).argsort() + 0.5) / len(ranks)
     else:
         voters = early
         ranks, others = voters.judge(labels, features)
-        aligned = _aligned(ranks, voters.parts[0].wrong, 1 - right)
-        right = float((ranks >= voters.parts[0].wrong).double().mean())
-        ranks = aligned
+        wrong = voters.parts[0].wrong
+        ranks, right = _aligned(ranks, wrong, 1 - right), float((ranks >= wrong).double().mean())
     margin, temperature = held.margins.quantile(ranks.to(held.margins)), held.temperature(voters)
     for flattest in [one for one in reversed(_TEMPERATURES) if one <= temperature]:
         foretold = _joined(margin, _flattened(others, flattest), labels)
@@ -182,6 +178,13 @@ def _foretell(
         if int(found.sum()) <= round(right * len(labels)):  # a row that is to be wrong needs a class that is likelier
             break
     return foretold.float(), _percent(found), voters
+
+
+def _like_any(ranks: Tensor, known: int) -> bool:
+    """Whether these are ranks of a random sample, next to `known` rows; the test of Kolmogorov and Smirnov."""
+    even = (torch.arange(len(ranks), device=ranks.device) + 0.5) / len(ranks)
+    apart = float((ranks.sort().values - even).abs().max())
+    return apart / (1 / len(ranks) + 1 / known) ** 0.5 < _OTHER
 
 
 def _aligned(ranks: Tensor, wrong: float, other: float) -> Tensor:

@@ -20,6 +20,7 @@ from loft_fast.unseen import (
     _Held,
     _joined,
     _left_out,
+    _like_any,
     _vectors,
     _without,
     margins,
@@ -139,6 +140,14 @@ def test_ranks_are_aligned_where_rows_begin_to_be_right(wrong, other):
     assert float(found[-1]) == 1
     assert bool((found[ranks < wrong] <= other).all())
     assert bool((found[ranks >= wrong] >= other - 1e-12).all())
+
+
+def test_samples_are_told_from_other_kinds():
+    draws = [torch.rand(300, generator=torch.Generator().manual_seed(seed)) for seed in range(200)]
+    assert sum(not _like_any(ranks, 10_000) for ranks in draws) <= 6  # one in a hundred, give or take
+    assert not any(_like_any(ranks**1.5, 10_000) for ranks in draws)
+    assert _like_any(draws[0] ** 1.5, 20)  # of so few one cannot tell
+    assert _like_any(torch.tensor([0.0]), 10_000)
 
 
 @pytest.mark.parametrize(
