@@ -22,10 +22,10 @@ class Bundles:
     def __init__(self) -> None:
         self._known: dict[int, tuple[list[Key], Moments]] = {}  # by number: the groups in a bundle, and their sum
 
-    def copy(self) -> Bundles:
-        """The same, to be changed by itself; memory is shared."""
-        result = Bundles()
-        result._known = self._known  # never changed in place
+    def among(self, keys: Iterable[Key]) -> Bundles:
+        """The sums of these groups alone, to be changed by themselves; none that holds a group which is left out."""
+        result, there = Bundles(), set(keys)
+        result._known = {i: one for i, one in self._known.items() if there.issuperset(one[0])}
         return result
 
     def drop(self, keys: Iterable[Key]) -> None:

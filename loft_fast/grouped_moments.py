@@ -219,7 +219,7 @@ class GroupedMoments:
         """Only these groups; memory is shared with self until one of the two changes."""
         result = self._blank()
         result._parts = {key: self._parts[key].copy() for key in self._known(keys)}
-        result._bundles = self._bundles.copy()
+        result._bundles = self._bundles.among(result._parts)
         return result
 
     def without(self, keys: Iterable[Key]) -> GroupedMoments:
@@ -244,7 +244,6 @@ class GroupedMoments:
         result = self.select(self.keys())
         for other in others:
             result._parts.update(other._parts)
-            result._bundles.drop(other)
         return result
 
     def map(self, function: Callable[[Moments], Moments]) -> GroupedMoments:

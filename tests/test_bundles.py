@@ -81,8 +81,24 @@ def new_group(moments, key, other):
     return moments.update(torch.ones(2, 3), [f"new {key}", f"new {other}"])
 
 
-ROWS = [change_nothing, change_row, add_row_to_copy, add_and_remove_row]
-CHANGES = [*ROWS, merge, subtract, exchange, forget, without, new_group]
+CHANGES = [
+    change_nothing,
+    change_row,
+    add_row_to_copy,
+    merge,
+    add_and_remove_row,
+    subtract,
+    exchange,
+    forget,
+    without,
+    select,
+    new_group,
+]
+
+
+def kept(moments):
+    """The groups that are in sums."""
+    return {key for inside, _ in moments._bundles._known.values() for key in inside}
 
 
 @given(st.lists(st.tuples(st.sampled_from(CHANGES), st.integers(0, 10**6), st.integers(0, 10**6)), max_size=8))
@@ -90,12 +106,32 @@ def test_totals_have_the_bits_of_a_fresh_sum_whatever_happened(changes):
     moments = filled()
     for change, first, second in changes:
         before, was = moments, state(moments.total())
-        keys = moments.keys()
-        moments = change(moments, keys[first % len(keys)], keys[second % len(keys)])
+        keys = moments.keys() or ["first"]
+        if len(moments) or change is new_group:
+            moments = change(moments, keys[first % len(keys)], keys[second % len(keys)])
         assert state(moments.total()) == state(fresh(moments))
         if moments is not before:
             assert state(before.total()) == was
     assert moments.total().count == moments.count
+
+
+@pytest.mark.parametrize("change", [forget, without, select])
+def test_no_sum_remembers_groups_that_are_gone(change):
+    """Less the groups that stay, a sum from before would give the forgotten ones away."""
+    moments = filled()
+    moments.total()
+    changed = change(moments, 5, "a")
+    assert kept(changed) <= set(changed.keys())
+    if change is not select:
+        assert len(kept(changed)) > len(KEYS) / 2  # most sums do not concern them
+
+
+@pytest.mark.parametrize("change", [change_row, add_row_to_copy, merge, add_and_remove_row, subtract])
+def test_no_sum_remembers_rows_that_are_gone(change):
+    moments = filled()
+    moments.total()
+    assert kept(moments) == set(KEYS)
+    assert 5 not in kept(change(moments, 5, "a"))
 
 
 @pytest.mark.parametrize("exact", [None, 16.0])
