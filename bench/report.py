@@ -38,8 +38,10 @@ def machine() -> str:
     """A name for this kind of machine: its processor, how many cores there are and the instructions that serve."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists() and (found := re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())):
-        model = found[1]
+    if cpuinfo.exists():
+        told = dict(re.findall(r"^(model name|cpu family)\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE))
+        # The name alone may be "AMD EPYC", be it of one generation or of another.
+        model = " family ".join(told[key] for key in ("model name", "cpu family") if key in told) or model
     instructions = backends.native_module().instructions() if "native" in backends.available() else ""
     return re.sub(r"[^a-z0-9]+", "-", f"{model} {os.cpu_count()} cores {instructions}".lower()).strip("-")
 

@@ -9,8 +9,8 @@ from loft_fast.ops import project, reference
 from loft_fast.ops.arguments import native_rows
 
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
-# Relative to the largest number in sight; a 16-bit result is off by half its last digit. Triton multiplies 16-bit
-# numbers as they are, so that the basis and the scores are rounded as well.
+# Relative to the largest number in sight; a 16-bit result is off by half its last digit. Triton, and processors that
+# can multiply bfloat16, multiply 16-bit numbers as they are, so that the basis and the scores are rounded as well.
 ROUNDING = {F64: 1e-14, F32: 2e-6, F16: 1e-3, BF16: 8e-3}
 CASES = [(b, t) for b in ("native", "triton", "torch") for t in ROUNDING if (b, t) != ("triton", F64)]
 # Each size apart, about the tiles of 12, 24 and 48, their blocks of four, and the 256 products added in one register.

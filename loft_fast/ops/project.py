@@ -20,7 +20,8 @@ _WORTHWHILE = 1024  # rows from which on one pass saves more than packing the ba
 def project(x: Tensor, basis: Tensor, center: Tensor) -> Tensor:
     """center + (x - center) U U^T, row by row.
 
-    Differentiable to any order. 16-bit rows on a CPU are multiplied in float32.
+    Differentiable to any order. On a CPU, bfloat16 rows less the center, the basis and the coordinates are rounded to
+    bfloat16 and multiplied as such where the processor can (AVX-512-BF16); other 16-bit rows are multiplied in float32.
 
     Args:
         x: (n, d) float16, bfloat16, float32 or float64; any strides; n >= 0.
