@@ -39,7 +39,7 @@ class Centers {
     // What is not subtracted piles up: over a chain of k rows to k times a product of means, and every addition rounds
     // the pile. If roundings are independent, they come to kRounding * k * sqrt(n / 3) times that product in a sum over n
     // rows. The norm of that is held against the norm of the variances alone: that of the covariance is larger.
-    bool serve() const {
+    bool serve(int64_t pairs) const {
         if (!serve_) return false;
         for (int64_t g = 0; g < sorted_.groups(); ++g) {
             const auto n = static_cast<double>(sorted_.begin[g + 1] - sorted_.begin[g]);
@@ -48,7 +48,7 @@ class Centers {
                 all.means += spread_[g * steps_ + step].means;
                 all.variances += spread_[g * steps_ + step].variances;
             }
-            const double chain = std::min(2.0 * BFloat16Pairs::chain, n);
+            const double chain = std::min(2.0 * static_cast<double>(pairs), n);
             if (kRounding * chain * std::sqrt(n / 3) * all.means > kError * n * std::sqrt(all.variances)) return false;
         }
         return true;
@@ -123,13 +123,15 @@ class Centers {
 
 }  // namespace
 
-std::vector<float> bfloat16_centers(const Rows& x, const Sorted& sorted, int64_t width, int threads) {
+BFloat16Centers bfloat16_centers(const Rows& x, const Sorted& sorted, int64_t width, int threads) {
     Centers team(x, sorted, width);
     in_parallel(static_cast<int>(std::min<int64_t>(threads, team.steps())), [&] {
         Centers::Scratch own;
         work<64>(team, own);
     });
-    return team.serve() ? std::move(team.centers) : std::vector<float>();
+    for (const int64_t chain : {kLongChain, kShortChain})
+        if (team.serve(chain)) return {std::move(team.centers), chain};
+    return {{}, 0};
 }
 
 }  // namespace loft_fast

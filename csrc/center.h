@@ -71,26 +71,24 @@ __attribute__((target("avx512f,avx512bw"))) LOFT_NOINLINE inline void center_pai
     const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
     for (int left = 0; left < kWidth; left += 16) {
         const __m512 near = _mm512_loadu_ps(center + left);
+        __m512d totals[] = {_mm512_loadu_pd(sum + left), _mm512_loadu_pd(sum + left + 8)};
         for (int64_t r = 0; r < count; r += 2) {
             const auto* first = reinterpret_cast<const __m256i*>(rows[r] + column + left);
             const auto* second = reinterpret_cast<const __m256i*>(rows[r + 1] + column + left);
             const __m512i a = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(first)), 16);
             const __m512i b = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(second)), 16);
-            const __m512i low = _mm512_castps_si512(_mm512_sub_ps(_mm512_castsi512_ps(a), near));
-            const __m512i high = _mm512_castps_si512(_mm512_sub_ps(_mm512_castsi512_ps(b), near));
+            const __m512 low = _mm512_sub_ps(_mm512_castsi512_ps(a), near);
+            const __m512 high = _mm512_sub_ps(_mm512_castsi512_ps(b), near);
+            for (const __m512 values : {low, high}) {
+                const __m512d rest = _mm512_shuffle_f64x2(_mm512_castps_pd(values), _mm512_castps_pd(values), 0xee);
+                const __m256 halves[] = {_mm512_castps512_ps256(values), _mm512_castps512_ps256(_mm512_castpd_ps(rest))};
+                for (int i = 0; i < 2; ++i) totals[i] = _mm512_add_pd(totals[i], _mm512_cvtps_pd(halves[i]));
+            }
             _mm512_storeu_si512(out + r / 2 * kWidth + left,
-                                _mm512_or_si512(_mm512_srli_epi32(low, 16), _mm512_and_si512(high, upper)));
+                                _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(low), 16),
+                                                _mm512_and_si512(_mm512_castps_si512(high), upper)));
         }
-    }
-    for (int left = 0; left < kWidth; left += 8) {
-        const __m512d near = _mm512_cvtps_pd(_mm256_loadu_ps(center + left));
-        __m512d total = _mm512_loadu_pd(sum + left);
-        for (int64_t r = 0; r < count; ++r) {
-            const auto* values = reinterpret_cast<const __m128i*>(rows[r] + column + left);
-            const __m256i wide = _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(values)), 16);
-            total = _mm512_add_pd(total, _mm512_sub_pd(_mm512_cvtps_pd(_mm256_castsi256_ps(wide)), near));
-        }
-        _mm512_storeu_pd(sum + left, total);
+        for (int i = 0; i < 2; ++i) _mm512_storeu_pd(sum + left + 8 * i, totals[i]);
     }
 }
 #endif

@@ -176,15 +176,18 @@ class MergeNumbers : public Merge<In, T, Shape<T, Bytes>::width> {
 };
 
 // Merges bfloat16 numbers less centers from which they differ by bfloat16 numbers.
+template <int64_t Chain>
 class MergeBFloat16 : public Merge<BFloat16, float, Shape<Pair, 64>::width> {
     static constexpr int kWidth = Shape<Pair, 64>::width;
+    using Base = Merge<BFloat16, float, kWidth>;
+    using Base::panels_, Base::slots_, Base::state_;
 
   public:
-    using Kernel = BFloat16Pairs;
+    using Kernel = BFloat16Pairs<Chain>;
     static constexpr int fold = 2, parts = 1;
     static constexpr int64_t block = 1024;
 
-    MergeBFloat16(const Source<BFloat16>& source, const Running& state, int64_t rows) : Merge(source, state, rows) {}
+    MergeBFloat16(const Source<BFloat16>& source, const Running& state, int64_t rows) : Base(source, state, rows) {}
 
     int64_t preparations() const { return 1; }
 

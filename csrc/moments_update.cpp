@@ -17,11 +17,12 @@ void merge_numbers(const Rows& x, const Sorted& sorted, int64_t* count, const Ru
 
 void merge_bfloat16(const Rows& x, const Sorted& sorted, int64_t* count, Running state, int threads) {
     if (instructions() >= Instructions::avx512_bf16) {
-        constexpr int kWidth = Shape<Pair, BFloat16Pairs::bytes>::width;
+        constexpr int kWidth = Shape<Pair, BFloat16Pairs<kLongChain>::bytes>::width;
         const auto centers = bfloat16_centers(x, sorted, panels_of(x.d, kWidth) * kWidth, threads);
-        if (!centers.empty()) {
-            state.center = centers.data();
-            return run_pipeline<MergeBFloat16>(x, sorted, count, state, threads);
+        state.center = centers.values.data();
+        switch (centers.chain) {
+            case kLongChain: return run_pipeline<MergeBFloat16<kLongChain>>(x, sorted, count, state, threads);
+            case kShortChain: return run_pipeline<MergeBFloat16<kShortChain>>(x, sorted, count, state, threads);
         }
     }
     merge_numbers<BFloat16, float>(x, sorted, count, state, threads);

@@ -67,11 +67,12 @@ struct IntegerPairs {
 };
 
 // How panels of pairs of bfloat16 numbers are multiplied, with AVX-512-BF16: products are exact, sums are in float32.
+template <int64_t Chain>
 struct BFloat16Pairs {
     using Packed = Pair;
     using Sum = float;
     static constexpr int bytes = 64;
-    static constexpr int64_t chain = 64;  // shorter than for numbers: see bfloat16_centers.cpp
+    static constexpr int64_t chain = Chain;
 
     template <int Count>
     static LOFT_INLINE void strip(const Pair* left, const Pair* right, int64_t rows, bool add, Sum* out) {

@@ -179,7 +179,7 @@ class Pipeline {
             std::array<const In*, kRows> rows{};
             for (int64_t r = 0; r < count; ++r) {
                 rows[r] = source_.row(block.start + top + r);
-                if (source_.order && top + r + kRows < block.n) {  // no hardware guesses where these rows are
+                if (top + r + kRows < block.n) {  // no hardware guesses where the rows of several panels are
                     const In* later = source_.row(block.start + top + r + kRows);
                     for (int64_t j = 0; j < d_; j += 64 / static_cast<int64_t>(sizeof(In)))
                         LOFT_PREFETCH(later + j * stride, 0);

@@ -13,6 +13,7 @@ namespace loft_fast {
 namespace {
 
 constexpr int64_t kTiles = 2;        // tiles of rows in a block: what is made of a block stays in the cache
+constexpr int64_t kChain = 128;      // pairs of bfloat16 numbers added up in one register
 constexpr int64_t kSmall = 1 << 21;  // multiply-adds below which a thread costs more than it brings
 
 // How many numbers a kernel multiplies at once, and how they are put together.
@@ -22,7 +23,7 @@ struct Entry {
     static LOFT_INLINE auto of(const typename Kernel::Sum* values) { return *values; }
 };
 template <>
-struct Entry<BFloat16Pairs> {
+struct Entry<BFloat16Pairs<kChain>> {
     static constexpr int numbers = 2;
     static LOFT_INLINE Pair of(const float* values) {
         return pair_of(BFloat16(values[0]).bits, BFloat16(values[1]).bits);
@@ -191,7 +192,7 @@ void dispatch(const Rows& x, const void* basis, const void* center, int64_t s, v
     const T *u = static_cast<const T*>(basis), *c = static_cast<const T*>(center);
     In* to = static_cast<In*>(out);
     if constexpr (std::is_same_v<In, BFloat16>)
-        if (instructions() >= Instructions::avx512_bf16) return run<BFloat16Pairs>(x, u, c, s, to, threads);
+        if (instructions() >= Instructions::avx512_bf16) return run<BFloat16Pairs<kChain>>(x, u, c, s, to, threads);
     switch (vector_bytes()) {
         case 64: return run<Numbers<T, 64>>(x, u, c, s, to, threads);
         case 32: return run<Numbers<T, 32>>(x, u, c, s, to, threads);

@@ -100,7 +100,7 @@ def main() -> None:
     assert len(digests) == 1, "not the same moments"
     median = {name: statistics.median(seconds) for name, seconds in times.items()}
     ratios = {name: round(median[name] / median["ray"], 3) for name in ("one core", "one")}
-    print(f"{moments.count} rows x {DIM}, {GROUPS} groups: as multiples of Ray's time on {options.cpus} cores, {ratios}")
+    print(f"{moments.count} rows x {DIM}, {GROUPS} groups: as multiples of the time of Ray, {ratios}")
     if options.json is not None:
         found = {
             "rows": moments.count,
