@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "huge_pages.h"
 #include "instructions.h"
 #include "moments_update.h"
 #include "peak.h"
@@ -68,6 +69,9 @@ PYBIND11_MODULE(_native, module) {
             loft_fast::symmetric_sum(reinterpret_cast<double*>(out), pointers<const double>(matrices), d, threads);
         },
         py::call_guard<py::gil_scoped_release>());
+    module.def("use_huge_pages", [](uintptr_t data, size_t bytes) {
+        loft_fast::use_huge_pages(reinterpret_cast<void*>(data), bytes);
+    });
     module.def("instructions", &loft_fast::instructions_name);
     module.def("known_instructions", &loft_fast::known_instructions);
     module.def("use_instructions", &loft_fast::use_instructions);

@@ -65,6 +65,7 @@ class Merge {
         const auto add = [&](int64_t columns) LOFT_LAMBDA {
             for (int64_t i = 0; i < to.height; ++i) {
                 const double inner = slot.within[to.top + i], outer = slot.between[to.top + i];
+                if (block.before == 0) std::fill_n(to.corner + i * d_, columns, 0.0);
                 for (int64_t j = 0; j < columns; ++j)
                     to.corner[i * d_ + j] += acc[i * kWidth + j] - inner * within[j] + outer * between[j];
             }

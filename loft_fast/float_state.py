@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from loft_fast import ops
+from loft_fast import backends, ops
 from loft_fast.collective import Peers
 from loft_fast.errors import InputError
 from loft_fast.ops.arguments import largest_magnitude
@@ -164,20 +164,21 @@ def _merge(states: Sequence[FloatState], rows: Tensor, group: Tensor | None, che
     """Merge rows into the states. With `check`, of which states that are empty are left so where the rows are bad."""
     count = torch.tensor([state.count for state in states], device=rows.device)
     mean = torch.stack([state.mean for state in states])
-    scatter = [state.own_matrix() for state in states]
-    ops.moments_update(rows, count, mean, scatter, group)
-    if check:
-        # No row is further from the mean than the square root of the scatter; NaN and Inf show in the mean.
-        deviation = torch.stack([matrix.diagonal() for matrix in scatter]).clamp_min(0).sqrt()
-        if not float((mean.abs() + 1.001 * deviation).max()) <= _limit(rows):
-            try:
+    reads = backends.choose("moments_update", rows.device, rows.dtype) != "native"  # what no row has come to yet
+    try:
+        scatter = [state.own_matrix(zero=reads) for state in states]
+        ops.moments_update(rows, count, mean, scatter, group)
+        if check:
+            # No row is further from the mean than the square root of the scatter; NaN and Inf show in the mean.
+            deviation = torch.stack([matrix.diagonal() for matrix in scatter]).clamp_min(0).sqrt()
+            if not float((mean.abs() + 1.001 * deviation).max()) <= _limit(rows):
                 states[0].check(rows)
-            except InputError:
-                for state in states:
-                    state.matrix = None
-                raise
-    for state, total, center in zip(states, count.tolist(), mean, strict=True):
-        state.count, state.vector = total, center.clone()
+        for state, total, center in zip(states, count.tolist(), mean, strict=True):
+            state.count, state.vector = total, center.clone()
+    finally:
+        for state in states:
+            if not state.count:
+                state.matrix = None
 
 
 def _limit(rows: Tensor) -> float:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from loft_fast import fresh
 from loft_fast.collective import Peers
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -83,10 +84,12 @@ class State(ABC):
             new.matrix, new._shared = self.matrix.to(device), False
         return new
 
-    def own_matrix(self) -> Tensor:
-        """The matrix, allocated and not shared, so that it may be written."""
+    def own_matrix(self, zero: bool = True) -> Tensor:
+        """The matrix, allocated and not shared, so that it may be written; without `zero`, a new one holds anything."""
         if self.matrix is None:
-            self.matrix = self.vector.new_zeros(self.dim, self.dim)
+            self.matrix = fresh.square(self.dim, self.vector)
+            if zero:
+                self.matrix.zero_()
         elif self._shared:
             self.matrix = self.matrix.clone()
         self._shared = False

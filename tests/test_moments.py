@@ -8,7 +8,7 @@ from conftest import normal, state, truth
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loft_fast import InputError, Moments
+from loft_fast import GroupedMoments, InputError, Moments
 from loft_fast.backends import FLOATS
 
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
@@ -315,6 +315,24 @@ def test_wrong_rows_are_refused_and_nothing_changes(method, message):
         getattr(moments, method)(WRONG_ROWS[message])
     assert str(caught.value).startswith(message.split(" (float")[0].split(" (bfloat")[0])
     assert state(moments) == before
+
+
+@pytest.mark.parametrize("make", [lambda: Moments(3), lambda: GroupedMoments(3)], ids=["moments", "groups"])
+def test_an_interrupted_first_update_leaves_nothing(make, monkeypatch):
+    # A fresh matrix holds anything until rows have come.
+    def interrupted(rows, count, mean, scatter, group):
+        scatter[0].fill_(7.0)
+        raise KeyboardInterrupt
+
+    moments, x = make(), normal(2000, 3)
+    keys = [torch.zeros(len(x), dtype=torch.int64)] if isinstance(moments, GroupedMoments) else []
+    before = state(moments)
+    with monkeypatch.context() as patch:
+        patch.setattr("loft_fast.ops.moments_update", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            moments.update(x, *keys)
+    assert state(moments) == before
+    assert state(moments.update(x, *keys)) == state(make().update(x, *keys))
 
 
 # 5 rows are there. A removal can only be refused where no set of rows could be what it leaves.

@@ -124,6 +124,27 @@ def test_groups_stay_apart(use, backend, dtype, start):
     check(normal(900, 17, dtype=dtype), 6, group, use(backend, dtype), start)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(("n", "d"), [(1, 1), (3, 49), (1300, 100)], ids=str)
+def test_native_writes_fresh_states_unread(use, dtype, n, d, threads):
+    use("native", dtype)
+    x, group = normal(n, d, mean=0.5, dtype=dtype), torch.arange(n) % 2
+    clean, dirty = empty_state(2, d), empty_state(2, d)
+    for matrix in dirty[2]:
+        matrix.fill_(float("nan"))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for state in (clean, dirty):
+            moments_update(x, *state, group)
+    finally:
+        torch.set_num_threads(before)
+    for g in range(min(n, 2)):
+        assert torch.equal(clean[1][g], dirty[1][g])
+        assert torch.equal(clean[2][g], dirty[2][g])
+
+
 @each_backend
 def test_empty_groups_keep_their_bits(use, backend, dtype):
     device = use(backend, dtype)

@@ -26,7 +26,8 @@ def moments_update(x: Tensor, count: Tensor, mean: Tensor, scatter: list[Tensor]
         x: (n, d) float16, bfloat16, float32 or float64; any strides; n >= 0. NaN or Inf flow into the state.
         count: (G,) contiguous int64, updated in place; rows seen so far, at least 0.
         mean: (G, d) contiguous float64, updated in place; zeros while count is 0.
-        scatter: G symmetric contiguous tensors (d, d) float64, updated in place; zeros while count is 0.
+        scatter: G symmetric contiguous tensors (d, d) float64, updated in place; zeros while count is 0. The native
+            backend does not read them then, and writes all of those whose group has rows.
         group: (n,) int64, the group of each row in [0, G), or None where G = 1.
 
     Raises:
