@@ -2,11 +2,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <vector>
 
+#include "gram.h"
 #include "huge_pages.h"
 #include "instructions.h"
+#include "inverse_form.h"
 #include "moments_update.h"
 #include "peak.h"
 #include "project.h"
@@ -27,6 +30,17 @@ std::vector<T*> pointers(const std::vector<uintptr_t>& addresses) {
 
 loft_fast::Rows rows_at(uintptr_t x, int dtype, int64_t n, int64_t d, int64_t row_stride, int64_t col_stride) {
     return {reinterpret_cast<const void*>(x), static_cast<loft_fast::DType>(dtype), n, d, row_stride, col_stride};
+}
+
+// The second operand is left out where its address is zero.
+template <typename T>
+void gram(uintptr_t x, const std::array<int64_t, 3>& x_strides, uintptr_t y, const std::array<int64_t, 3>& y_strides,
+          int64_t many, int64_t n, int64_t x_columns, int64_t y_columns, uintptr_t out, int threads) {
+    const auto at = [](uintptr_t data, int64_t columns, const std::array<int64_t, 3>& strides) {
+        return loft_fast::Matrices<T>{reinterpret_cast<const T*>(data), columns, strides[0], strides[1], strides[2]};
+    };
+    const auto left = at(x, x_columns, x_strides), right = at(y, y_columns, y_strides);
+    loft_fast::gram<T>(left, y ? &right : nullptr, many, n, reinterpret_cast<T*>(out), threads);
 }
 
 }  // namespace
@@ -67,6 +81,17 @@ PYBIND11_MODULE(_native, module) {
         "symmetric_sum",
         [](uintptr_t out, const std::vector<uintptr_t>& matrices, int64_t d, int threads) {
             loft_fast::symmetric_sum(reinterpret_cast<double*>(out), pointers<const double>(matrices), d, threads);
+        },
+        py::call_guard<py::gil_scoped_release>());
+    module.def("gram", &gram<float>, py::call_guard<py::gil_scoped_release>());
+    module.def("gram_double", &gram<double>, py::call_guard<py::gil_scoped_release>());
+    module.def(
+        "inverse_form",
+        [](uintptr_t matrix, uintptr_t border, int64_t many, int64_t d, int64_t s, uintptr_t out, uintptr_t positive,
+           int threads) {
+            loft_fast::inverse_form(reinterpret_cast<const double*>(matrix), reinterpret_cast<const double*>(border),
+                                    many, d, s, reinterpret_cast<double*>(out), reinterpret_cast<bool*>(positive),
+                                    threads);
         },
         py::call_guard<py::gil_scoped_release>());
     module.def("use_huge_pages", [](uintptr_t data, size_t bytes) {

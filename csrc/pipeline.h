@@ -6,7 +6,6 @@
 #include <atomic>
 #include <cstdint>
 #include <deque>
-#include <thread>
 #include <vector>
 
 #include "aligned.h"
@@ -20,7 +19,6 @@ constexpr int64_t kChunk = 64;       // rows packed in a step
 constexpr int64_t kRows = 8;         // of these, packed one panel at a time
 constexpr int64_t kApart = 320;      // bytes between panels: without, the same rows of all would share a few cache sets
 constexpr int kJoin = 2;             // threads up to which it costs less that each packs all rows
-constexpr int kSpins = 1000;         // tries before a waiting thread gives way to others
 constexpr int64_t kSmall = 1 << 21;  // multiply-adds below which a thread costs more than it brings
 
 // Rows start .. start + n of a group, which has seen `before` rows so far.
@@ -129,7 +127,7 @@ class Pipeline {
         const int64_t total = (count_ + 2) * steps(), preparations = job_.preparations();
         for (int64_t id; (id = next_.fetch_add(1)) < total; done_.fetch_add(1)) {
             const int64_t stage = id / steps(), step = id % steps();
-            wait(done_, stage * steps());
+            wait_for(done_, stage * steps());
             if (step < preparations) {
                 if (exists(stage)) job_.prepare(blocks_[stage], stage % 2, step);
             } else if (step < preparations + chunks_) {
@@ -151,18 +149,13 @@ class Pipeline {
                     for (int64_t i = 0; i < job_.preparations(); ++i) job_.prepare(blocks_[ready], ready % 2, i);
                     for (int64_t chunk = 0; chunk < chunks_; ++chunk) pack(ready, chunk);
                 }
-            wait(queue_->done, index * tiles);
+            wait_for(queue_->done, index * tiles);
             multiply_add(index, tiles_[id % tiles], own);
             if (block.last && id % tiles == tiles - 1) {
-                wait(queue_->done, id);  // those who have tiles of this group have read its vectors
+                wait_for(queue_->done, id);  // those who have tiles of this group have read its vectors
                 job_.close(block);
             }
         }
-    }
-
-    static LOFT_INLINE void wait(const std::atomic<int64_t>& done, int64_t wanted) {
-        for (int spins = 0; done.load() < wanted; ++spins)
-            if (spins > kSpins) std::this_thread::yield();
     }
 
     bool exists(int64_t block) const { return 0 <= block && block < count_; }

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <thread>
 #include <vector>
 
 #include "aligned.h"
@@ -71,7 +70,7 @@ class Projector {
         const int64_t panels = inner_ + outer_;
         for (int64_t id; (id = next_panel_.fetch_add(1)) < panels; packed_.fetch_add(1))
             id < inner_ ? pack_columns(id) : pack_rows(id - inner_);
-        while (packed_.load() < panels) std::this_thread::yield();
+        wait_for(packed_, panels);
         for (int64_t id; (id = next_block_.fetch_add(1)) < blocks_;) run(id * block_rows(), own);
     }
 

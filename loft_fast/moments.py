@@ -221,7 +221,7 @@ class Moments:
         if self.count <= ddof:
             raise InputError(f"ddof: a covariance with ddof={ddof} needs more than {ddof} rows, got {self.count}")
         scatter = self.scatter
-        return torch.div(scatter, self.count - ddof, out=fresh.square(self.dim, scatter))
+        return torch.div(scatter, self.count - ddof, out=fresh.empty(scatter, self.dim, self.dim))
 
     def second_moment(self, about: Tensor) -> Tensor:
         """mean of (z - about)(z - about)^T = scatter / count + (mean - about)(mean - about)^T, (d, d) float64.

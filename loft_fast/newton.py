@@ -19,10 +19,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from loft_fast import ops
 from loft_fast.frontier import Point
 from loft_fast.goals import Goal
 from loft_fast.objective import Objective
-from loft_fast.ops.eigh import eigh
 from loft_fast.proof import prove
 
 _SMALLEST = 128  # below this dimension a float64 solve of a single problem costs as little as a guess
@@ -116,10 +116,10 @@ class _Models:
         cos, sin = turns.cos(), turns.sin()
         self.matrix = (cos * retain).addcmul_(sin, forget, value=-1)  # M
         slope = (-sin * retain).addcmul_(cos, forget, value=-1)  # K
-        values, vectors = eigh(self.matrix)
+        values, vectors = ops.eigh(self.matrix)
         kept, dropped = vectors[..., self.cut :], vectors[..., : self.cut]
-        slope_kept = slope @ kept
-        coupling = dropped.mT @ slope_kept  # [P, d - s, s]
+        slope_kept = ops.gram(slope, kept)  # the slope is symmetric
+        coupling = ops.gram(dropped, slope_kept)  # [P, d - s, s]
         self._parts = values, vectors, slope, slope_kept, coupling
         # The sum of the largest eigenvalues of M + tau K is e0 + e1 tau + e2 tau^2.
         e0 = values[:, self.cut :].sum(1, dtype=torch.float64)
@@ -166,7 +166,7 @@ class _Models:
         window, edge = (slice(cut - n, cut + n) for n in (wide, min(wide, _EDGE)))
         # Across a small gap rounding counts: here the product itself, not what the eigenvectors promise of it.
         near = vectors[..., window]
-        image_near = matrix @ near
+        image_near = ops.gram(matrix, near)
         energies = cos.squeeze(-1) * values
         energies[:, window], mix = torch.linalg.eigh(near.mT @ image_near)
         near, image_near = near @ mix, image_near @ mix
@@ -188,11 +188,12 @@ class _Models:
         gaps = self._gaps(energies)
         turn = _bounded(coupling / gaps)
         if max(map(abs, steps)) > _STRAIGHT:
-            among = kept.mT @ image
+            among = ops.gram(kept, image)
             among.diagonal(dim1=1, dim2=2).zero_()
-            more = dropped.mT @ (matrix @ (dropped @ turn)) - energies[:, :cut, None] * turn - turn @ among
+            more = ops.gram(dropped, ops.gram(matrix, ops.gram(dropped.mT, turn)))
+            more -= energies[:, :cut, None] * turn + turn @ among
             turn = _bounded(more.add_(coupling).div_(gaps))
-        return kept + dropped @ turn, edges
+        return kept + ops.gram(dropped.mT, turn), edges
 
     def _gaps(self, energies: Tensor) -> Tensor:
         """Differences of energies, (P, d - s, s); where below rounding, what they mix matters as little."""

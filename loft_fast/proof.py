@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from loft_fast import fresh, ops
 from loft_fast.frontier import Point
 from loft_fast.objective import Objective
 
@@ -42,23 +43,23 @@ def prove(
     """
     retain, forget = _stack([one.retain for one in objectives]), _stack([one.forget for one in objectives])
     turn = torch.tensor(angles, dtype=torch.float64, device=retain.device).view(-1, 1, 1)
-    matrix = (turn.cos() * retain).addcmul_(turn.sin(), forget, value=-1)
+    matrix = torch.mul(turn.cos(), retain, out=fresh.empty(retain, *retain.shape)).addcmul_(
+        turn.sin(), forget, value=-1
+    )
     level = turn.new_tensor(levels).view(-1, 1, 1) if edges is None else _level(matrix, edges.double())
     lift = 2 * torch.linalg.matrix_norm(matrix, keepdim=True)
     bases = bases.double()
-    gram, failed = torch.linalg.cholesky_ex(bases.mT @ bases)
-    gram[failed > 0] = torch.eye(gram.shape[-1]).to(gram)
+    root, failed = torch.linalg.cholesky_ex(ops.gram(bases))
+    root[failed > 0] = torch.eye(root.shape[-1]).to(root)
     # Cholesky QR: for columns that are nearly orthonormal as accurate as Householder's, and products alone.
-    bases = torch.linalg.solve_triangular(gram.mT, bases, upper=True, left=False)
+    bases = torch.linalg.solve_triangular(root.mT, bases, upper=True, left=False)
     proven = failed == 0
-    projector = bases @ bases.mT
+    projector = ops.gram(bases.mT)
     shares = [_inner(one, projector).clamp(0, 1) for one in (retain, forget)]
     lifted = projector.mul_(lift).sub_(matrix)  # N
     lifted.diagonal(dim1=-2, dim2=-1).add_(level.flatten(1))
-    factor, failed = torch.linalg.cholesky_ex(lifted)
-    proven &= failed == 0
-    half = torch.linalg.solve_triangular(factor, bases, upper=False)
-    inverse = half.mT @ half  # U^T N^-1 U
+    inverse, positive = ops.inverse_form(lifted, bases)  # U^T N^-1 U
+    proven &= positive
     factor, failed = torch.linalg.cholesky_ex(inverse)
     proven &= failed == 0
     eye = torch.eye(inverse.shape[-1]).to(inverse)

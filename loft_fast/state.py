@@ -87,7 +87,7 @@ class State(ABC):
     def own_matrix(self, zero: bool = True) -> Tensor:
         """The matrix, allocated and not shared, so that it may be written; without `zero`, a new one holds anything."""
         if self.matrix is None:
-            self.matrix = fresh.square(self.dim, self.vector)
+            self.matrix = fresh.empty(self.vector, self.dim, self.dim)
             if zero:
                 self.matrix.zero_()
         elif self._shared:

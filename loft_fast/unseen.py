@@ -11,10 +11,11 @@ not what is hard for a network. A place is good if unseen rows are told apart th
 different. All places about as good as the best vote: a few hundred validation rows cannot tell which of them is best.
 
 Forget rows that look like any retain rows to the discriminants are taken for a random sample of such: what their votes
-make of the sample as a whole is chance. Others are a kind of rows that a retrained model will not have met. Two things
-then change. What the network learnt of them helps the more the later one looks, and no retain row tells by how much:
-the earliest place counts where the discriminant does about as well as the model. And what the model is better than the
-discriminant by, it owes to rows of the same kind: as many of the forget rows are wrong as the discriminant gets wrong.
+make of the sample as a whole is chance, and as many are expected right as the validation rows speak for. Others are a
+kind of rows that a retrained model will not have met. Two things then change. What the network learnt of them helps the
+more the later one looks, and no retain row tells by how much: the earliest place counts where the discriminant does
+about as well as the model. And what the model is better than the discriminant by, it owes to rows of the same kind: as
+many of the forget rows are wrong as the discriminant gets wrong.
 """
 
 from __future__ import annotations
@@ -163,14 +164,17 @@ def _foretell(
         raise InputError("forget: it yielded no batches, expected at least one")
     labels, features = torch.cat([part[1] for part in seen]), [part[2] for part in seen]
     ranks, others = voters.judge(labels, features)
-    right = float(held.right.double().mean())  # share of rows that are to come out right
+    wrong = 1 - float(held.right.double().mean())
     if _like_any(ranks, len(voters.sorted)):
+        # Laplace's rule of succession: that three of two hundred are wrong may be luck.
+        right = (int(held.right.sum()) + 1) / (len(held.right) + 2)
         ranks = (ranks.argsort(stable=True).argsort() + 0.5) / len(ranks)
+        ranks = _aligned(ranks, 1 - right, wrong)
     else:
         voters = early
         ranks, others = voters.judge(labels, features)
-        wrong = voters.parts[0].wrong
-        ranks, right = _aligned(ranks, wrong, 1 - right), float((ranks >= wrong).double().mean())
+        right = float((ranks >= voters.parts[0].wrong).double().mean())
+        ranks = _aligned(ranks, voters.parts[0].wrong, wrong)
     margin, temperature = held.margins.quantile(ranks.to(held.margins)), held.temperature(voters)
     for flattest in [one for one in reversed(_TEMPERATURES) if one <= temperature]:
         foretold = _joined(margin, _flattened(others, flattest), labels)

@@ -94,7 +94,7 @@ def test_triton_without_gpu_or_interpreter_is_refused(monkeypatch):
 
 
 def test_unknown_op_is_refused():
-    with pytest.raises(InputError, match=r"op: got 'nothing' .* expected one of \['eigh', 'moments_update'"):
+    with pytest.raises(InputError, match=r"op: got 'nothing' .* expected one of \['eigh', 'gram', 'inverse_form', 'm"):
         backends.choose("nothing", "cpu", F32)
 
 

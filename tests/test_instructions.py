@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import test_gram
 import test_moments_update
 import test_project
 import test_quantized_update
@@ -9,7 +10,7 @@ import torch
 from conftest import normal
 
 from loft_fast import backends
-from loft_fast.ops import moments_update, project
+from loft_fast.ops import gram, inverse_form, moments_update, project
 
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 NATIVE = backends.native_module() if "native" in backends.available() else None
@@ -70,6 +71,17 @@ def test_the_largest_integers(instructions):
 def test_projection(instructions, dtype, shape):
     x, basis, center = test_project.operands(*shape, dtype)
     test_project.check(project(x, basis, center), x, basis, center)
+
+
+@pytest.mark.parametrize("d", [7, 49, 100])
+@pytest.mark.parametrize("dtype", [F64, F32], ids=str)
+def test_products_and_forms(instructions, dtype, d):
+    x = normal(2, 70, d, dtype=dtype)
+    test_gram.close(gram(x), x.double().mT @ x.double(), dtype, 70)
+    matrix, border = test_gram.positive(2, d), normal(2, d, 9)
+    found, fine = inverse_form(matrix, border)
+    assert fine.all()
+    torch.testing.assert_close(found, border.mT @ torch.linalg.solve(matrix, border), rtol=1e-10, atol=1e-10)
 
 
 # ---- one state, many threads ----

@@ -1,6 +1,8 @@
 """The few heavy operations, each behind one name: a float64 torch reference and the faster backends that match it."""
 
 from loft_fast.ops.eigh import eigh
+from loft_fast.ops.gram import gram
+from loft_fast.ops.inverse_form import inverse_form
 from loft_fast.ops.moments_update import moments_update
 from loft_fast.ops.moments_update_project import moments_update_project
 from loft_fast.ops.project import project
@@ -11,6 +13,8 @@ from loft_fast.ops.topk_projector import topk_projector
 
 __all__ = [
     "eigh",
+    "gram",
+    "inverse_form",
     "moments_update",
     "moments_update_project",
     "project",

@@ -149,3 +149,15 @@ def _by_group(x: Tensor, groups: int, group: Tensor | None) -> Iterator[tuple[in
         for index in members.split(_ROWS):
             if len(index):
                 yield g, x[index]
+
+
+def gram(x: Tensor, y: Tensor | None = None) -> Tensor:
+    """X^T Y, (P, a, b)."""
+    return x.mT @ (x if y is None else y)
+
+
+def inverse_form(matrix: Tensor, border: Tensor) -> tuple[Tensor, Tensor]:
+    """U^T N^-1 U and whether N is positive definite."""
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    half = torch.linalg.solve_triangular(factor, border, upper=False)
+    return half.mT @ half, failed == 0
