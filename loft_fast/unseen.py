@@ -47,6 +47,7 @@ _AS_GOOD = 1.5  # points of cost: the standard error of an accuracy from some hu
 _OTHER = 1.63  # Kolmogorov's statistic above which two samples are of two kinds (1 in 100 of one kind are so far apart)
 _FOLD, _FOLD_ROWS = 5, 10_000  # every fifth of so many retain rows is left out of the fit, and fewer later on
 _TEMPERATURES = [10 ** (0.1 * i) for i in range(21)]
+_CERTAIN = 0.01  # a temperature that leaves one class
 _SHIFT = 0.3  # of random features, in standard deviations
 
 
@@ -176,11 +177,17 @@ def _foretell(
         right = float((ranks >= voters.parts[0].wrong).double().mean())
         ranks = _aligned(ranks, voters.parts[0].wrong, wrong)
     margin, temperature = held.margins.quantile(ranks.to(held.margins)), held.temperature(voters)
+    wanted = round(right * len(labels))
     for flattest in [one for one in reversed(_TEMPERATURES) if one <= temperature]:
         foretold = _joined(margin, _flattened(others, flattest), labels)
         found = foretold.argmax(1) == labels
-        if int(found.sum()) <= round(right * len(labels)):  # a row that is to be wrong needs a class that is likelier
+        if int(found.sum()) <= wanted:  # a row that is to be wrong needs a class that is likelier
             break
+    # The discriminants may spread too far even at their most certain: then the hardest rows get one other class.
+    stubborn = margin.where(found & (margin < 0), torch.inf).argsort()[: max(0, int(found.sum()) - wanted)]
+    stubborn = stubborn[margin[stubborn] < 0]
+    foretold[stubborn] = _joined(margin[stubborn], _flattened(others[stubborn], _CERTAIN), labels[stubborn])
+    found = foretold.argmax(1) == labels
     return foretold.float(), _percent(found), voters
 
 

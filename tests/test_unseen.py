@@ -17,6 +17,7 @@ from loft_fast.unseen import (
     _aligned,
     _earliest,
     _flattened,
+    _foretell,
     _Held,
     _joined,
     _left_out,
@@ -206,6 +207,29 @@ def test_as_many_unseen_rows_come_out_right_as_are():
     assert abs(right(found).mean() - share) < 0.01
     assert right(100.0).mean() > share + 0.1
     assert found > 1
+
+
+def test_a_sample_comes_out_as_wrong_as_expected_where_discriminants_hardly_choose():
+    """Twenty classes of which none is much likelier than another: too few rows would come out wrong."""
+    rows = held(400, 20, 4.0, seed=1)
+    labels = torch.arange(300) % 20
+    noise = torch.randn(300, 20, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    even = _without(0.3 * noise, labels)
+
+    class Even(Voters):
+        sorted = torch.rand(1000)
+
+        def judge(self, labels, features):
+            spread = self.others if len(labels) == 300 else _without(torch.zeros(len(labels), 20).double(), labels)
+            return torch.rand(len(labels), generator=torch.Generator().manual_seed(4)), spread
+
+    voters = Even(even)
+    found, accuracy, used = _foretell(voters, voters, rows, [(torch.zeros(300, 20), labels, {})])
+    expected = 100 * (int(rows.right.sum()) + 1) / 402
+    assert abs(accuracy - expected) < 0.5
+    assert accuracy == 100 * float((found.argmax(1) == labels).double().mean())
+    torch.testing.assert_close(found.exp().sum(1), torch.ones(300))
+    assert used is voters
 
 
 def test_two_classes_leave_nothing_to_spread():
