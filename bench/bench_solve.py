@@ -1,15 +1,18 @@
 """The certified optimum against the published way to it: 50 steps of Riemannian Adam (geoopt), same matrices.
 
 Checked before the clock starts: a relative gap of at most 1e-6 (the row's error), and a loss below the peer's.
+What a proof is made of is timed against torch; there the error is relative to torch's result, or to float64.
 """
 
 import pytest
+import torch
 
 from bench.compete import Rival, compete
 from bench.peers.riemannian_adam import descend
 from bench.problems import features
 from loft_fast import Moments, solve, solve_batch
 from loft_fast.objective import build_objective
+from loft_fast.ops import gram, inverse_form, reference
 
 
 @pytest.mark.parametrize(("dim", "rank"), [(512, 250), (768, 250), (2048, 500)])
@@ -48,3 +51,28 @@ def test_solve_batch(benchmark):
     rivals = {"a loop of solve": Rival(one_by_one, "loft_fast", target=4)}
     gap = max(certificate.relative_gap for certificate in together)
     compete(benchmark, f"{count} problems, d = {dim}, s = {rank}", ours, rivals, gap)
+
+
+def test_proof(benchmark):
+    dim, rank = 768, 250
+    matrix = Moments(dim).update(features(3 * dim, dim, 0)).covariance().unsqueeze(0)
+    matrix.diagonal(dim1=1, dim2=2).add_(matrix.diagonal(dim1=1, dim2=2).mean())
+    border = features(dim, rank, 1).double().unsqueeze(0)
+    want, _ = reference.inverse_form(matrix, border)
+    found, positive = inverse_form(matrix, border)
+    error = float((found - want).norm() / want.norm())
+    assert positive.all()
+    assert error < 1e-12
+    rivals = {"torch: Cholesky, triangular solve, product": Rival(lambda: reference.inverse_form(matrix, border))}
+    case = f"U^T N^-1 U in float64, d = {dim}, s = {rank}"
+    compete(benchmark, case, lambda: inverse_form(matrix, border), rivals, error, 9)
+
+
+def test_products(benchmark):
+    dim, rank = 768, 250
+    x, y = (features(dim, columns, seed).unsqueeze(0) for seed, columns in enumerate((dim, rank)))
+    want = x.double().mT @ y.double()
+    error = float((gram(x, y).double() - want).norm() / want.norm())
+    assert error < 1e-6
+    rivals = {"torch X.T @ Y": Rival(lambda: torch.bmm(x.mT, y))}
+    compete(benchmark, f"X^T Y in float32, {dim} x {dim} and {dim} x {rank}", lambda: gram(x, y), rivals, error, 25)
