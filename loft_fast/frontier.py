@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loft_fast import ops
 from loft_fast.objective import Objective
 
 
@@ -71,13 +72,12 @@ class Frontier:
         matrix = math.cos(angle) * self.objective.retain - math.sin(angle) * self.objective.forget
         dead = len(self._dead)
         if not dead:
-            values, vectors = torch.linalg.eigh(matrix.to(precision))
-            return values.double(), vectors.double()
+            return _eigh(matrix.to(precision))
         # Units that never fire, a third of a ReLU layer at times, are eigenvectors as they stand: of eigenvalue zero.
-        values, vectors = torch.linalg.eigh(matrix[self._live][:, self._live].to(precision))
-        order = torch.cat([values.double(), matrix.new_zeros(dead)]).sort()
+        values, vectors = _eigh(matrix[self._live][:, self._live].to(precision))
+        order = torch.cat([values, matrix.new_zeros(dead)]).sort()
         whole = torch.zeros_like(matrix)
-        whole[self._live, : len(values)] = vectors.double()
+        whole[self._live, : len(values)] = vectors
         whole[self._dead, torch.arange(len(values), len(matrix), device=matrix.device)] = 1.0
         return order.values, whole[:, order.indices]
 
@@ -126,6 +126,11 @@ class Frontier:
         angle = (low.angle + high.angle) / 2
         a, b = kept(self.objective.retain, basis), kept(self.objective.forget, basis)
         return Point(angle, math.cos(angle) * a - math.sin(angle) * b, a, b, basis)
+
+
+def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = ops.eigh(matrix.unsqueeze(0))
+    return values[0].double(), vectors[0].double()
 
 
 def _positive(values: Tensor) -> int:

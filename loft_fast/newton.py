@@ -168,7 +168,7 @@ class _Models:
         near = vectors[..., window]
         image_near = ops.gram(matrix, near)
         energies = cos.squeeze(-1) * values
-        energies[:, window], mix = torch.linalg.eigh(near.mT @ image_near)
+        energies[:, window], mix = ops.eigh(near.mT @ image_near)
         near, image_near = near @ mix, image_near @ mix
         vectors = torch.cat([vectors[..., : window.start], near, vectors[..., window.stop :]], -1)
 

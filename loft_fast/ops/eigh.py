@@ -52,5 +52,12 @@ def _cuda(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 @backends.implements(_OP, "torch", dtypes=_DTYPES)
 def _plain(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    values, vectors = torch.linalg.eigh(matrix)
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        # LAPACK's divide and conquer may not converge in float32 on more threads than one, be the matrix ever so plain:
+        # it did not where half of the features never vary.
+        if matrix.dtype == torch.float64:
+            raise
+        values, vectors = (part.to(matrix.dtype) for part in torch.linalg.eigh(matrix.double()))
     return values, vectors.contiguous()

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from loft_fast.errors import InputError
 from loft_fast.ops.arguments import check_positive, check_tensor
+from loft_fast.ops.eigh import eigh
 from loft_fast.ops.symmetric_matmul import symmetric_matmul
 
 _log = logging.getLogger("loft_fast")
@@ -272,7 +273,7 @@ def _unwidened(y: float) -> float:
 
 
 def _decomposed(matrix: Tensor, rank: int) -> TopK:
-    values, vectors = torch.linalg.eigh(matrix)
+    values, vectors = eigh(matrix)
     kept = vectors[..., -rank:]
     value = values[:, -rank:].sum(1, dtype=torch.float64).tolist()
     level = values[:, -rank - 1 : values.shape[1] - rank + 1].mean(1).tolist()
