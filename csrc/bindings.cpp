@@ -7,7 +7,6 @@
 #include <vector>
 
 #include "gram.h"
-#include "huge_pages.h"
 #include "instructions.h"
 #include "inverse_form.h"
 #include "moments_update.h"
@@ -94,9 +93,6 @@ PYBIND11_MODULE(_native, module) {
                                     threads);
         },
         py::call_guard<py::gil_scoped_release>());
-    module.def("use_huge_pages", [](uintptr_t data, size_t bytes) {
-        loft_fast::use_huge_pages(reinterpret_cast<void*>(data), bytes);
-    });
     module.def("instructions", &loft_fast::instructions_name);
     module.def("known_instructions", &loft_fast::known_instructions);
     module.def("use_instructions", &loft_fast::use_instructions);

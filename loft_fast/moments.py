@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from loft_fast import backends, files, fresh
+from loft_fast import backends, files
 from loft_fast.all_reduce import agree, sum_states
 from loft_fast.backends import FLOATS
 from loft_fast.collective import TIMEOUT, Peers
@@ -220,8 +220,7 @@ class Moments:
             raise InputError(f"ddof: got {ddof!r}, expected an integer >= 0")
         if self.count <= ddof:
             raise InputError(f"ddof: a covariance with ddof={ddof} needs more than {ddof} rows, got {self.count}")
-        scatter = self.scatter
-        return torch.div(scatter, self.count - ddof, out=fresh.empty(scatter, self.dim, self.dim))
+        return self.scatter / (self.count - ddof)
 
     def second_moment(self, about: Tensor) -> Tensor:
         """mean of (z - about)(z - about)^T = scatter / count + (mean - about)(mean - about)^T, (d, d) float64.

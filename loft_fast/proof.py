@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from loft_fast import fresh, ops
+from loft_fast import ops
 from loft_fast.frontier import Point
 from loft_fast.objective import Objective
 
@@ -43,9 +43,7 @@ def prove(
     """
     retain, forget = _stack([one.retain for one in objectives]), _stack([one.forget for one in objectives])
     turn = torch.tensor(angles, dtype=torch.float64, device=retain.device).view(-1, 1, 1)
-    matrix = torch.mul(turn.cos(), retain, out=fresh.empty(retain, *retain.shape)).addcmul_(
-        turn.sin(), forget, value=-1
-    )
+    matrix = (turn.cos() * retain).addcmul_(turn.sin(), forget, value=-1)
     level = turn.new_tensor(levels).view(-1, 1, 1) if edges is None else _level(matrix, edges.double())
     lift = 2 * torch.linalg.matrix_norm(matrix, keepdim=True)
     bases = bases.double()

@@ -10,7 +10,6 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from loft_fast import fresh
 from loft_fast.collective import Peers
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -87,7 +86,7 @@ class State(ABC):
     def own_matrix(self, zero: bool = True) -> Tensor:
         """The matrix, allocated and not shared, so that it may be written; without `zero`, a new one holds anything."""
         if self.matrix is None:
-            self.matrix = fresh.empty(self.vector, self.dim, self.dim)
+            self.matrix = self.vector.new_empty(self.dim, self.dim)
             if zero:
                 self.matrix.zero_()
         elif self._shared:
