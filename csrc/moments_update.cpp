@@ -19,7 +19,7 @@ void merge_bfloat16(const Rows& x, const Sorted& sorted, int64_t* count, Running
     if (instructions() >= Instructions::avx512_bf16) {
         constexpr int kWidth = Shape<Pair, BFloat16Pairs<kLongChain>::bytes>::width;
         const auto centers = bfloat16_centers(x, sorted, panels_of(x.d, kWidth) * kWidth, threads);
-        state.center = centers.values.data();
+        state.center = centers.values.data();  // empty where no chain serves
         switch (centers.chain) {
             case kLongChain: return run_pipeline<MergeBFloat16<kLongChain>>(x, sorted, count, state, threads);
             case kShortChain: return run_pipeline<MergeBFloat16<kShortChain>>(x, sorted, count, state, threads);

@@ -97,11 +97,11 @@ class Projector {
     // A panel of U^T, (s, width).
     LOFT_INLINE void pack_rows(int64_t p) {
         const int64_t left = p * kWidth;
+        const int64_t whole = s_ / kNumbers;
         Packed* to = rows_.get() + left * entries(s_);
         for (int64_t j = 0; j < kWidth; ++j) {
             const T* from = basis_ + (left + j) * s_;
             const bool there = left + j < d_;
-            const int64_t whole = s_ / kNumbers;
             for (int64_t k = 0; k < whole; ++k)
                 to[k * kWidth + j] = there ? Entry<Kernel>::of(from + k * kNumbers) : Packed(0);
             if (whole < entries(s_)) {

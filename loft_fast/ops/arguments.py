@@ -34,6 +34,17 @@ def check_tensor(
         raise InputError(f"{name}: got a tensor on {tensor.device}, expected {like.device}, as x")
 
 
+def check_square(name: str, tensor: object, dtypes: tuple[torch.dtype, ...], least: int = 0) -> tuple[int, int]:
+    """(B, d) of a stack of square matrices (B, d, d) with d >= least; refuse anything else."""
+    check_tensor(name, tensor, (None, None, None), dtypes, tensor)  # type: ignore[arg-type] # it is looked at first
+    assert isinstance(tensor, Tensor)
+    many, d, columns = tensor.shape
+    if d != columns or d < least:
+        wanted = "(B, d, d)" + (f" with d >= {least}" if least else "")
+        raise InputError(f"{name}: got shape {tuple(tensor.shape)}, expected {wanted}")
+    return many, d
+
+
 def check_state(name: str, tensor: object, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> None:
     """Refuse what is no contiguous tensor of this shape and dtype on the device of `like`."""
     check_tensor(name, tensor, shape, (dtype,), like)

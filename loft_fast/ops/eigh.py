@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from loft_fast import backends
-from loft_fast.errors import InputError
-from loft_fast.ops.arguments import check_tensor
+from loft_fast.ops.arguments import check_square
 
 _OP = "eigh"
 _DTYPES = (torch.float32, torch.float64)
@@ -26,9 +25,7 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         InputError: an argument has a wrong type, shape or dtype.
     """
-    check_tensor("matrix", matrix, (None, None, None), _DTYPES, matrix)
-    if matrix.shape[1] != matrix.shape[2]:
-        raise InputError(f"matrix: got shape {tuple(matrix.shape)}, expected (B, d, d)")
+    check_square("matrix", matrix, _DTYPES)
     values, vectors = torch.ops.loft_fast.eigh(matrix)
     return values, vectors
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from loft_fast import backends
 from loft_fast.errors import InputError
 from loft_fast.ops import reference
-from loft_fast.ops.arguments import check_tensor
+from loft_fast.ops.arguments import check_square, check_tensor
 
 _OP = "inverse_form"
 _DTYPES = (torch.float64,)
@@ -26,10 +26,7 @@ def inverse_form(matrix: Tensor, border: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         InputError: an argument has a wrong type, shape, dtype or device.
     """
-    check_tensor("matrix", matrix, (None, None, None), _DTYPES, matrix)
-    many, d, columns = matrix.shape
-    if d != columns or d == 0:
-        raise InputError(f"matrix: got shape {tuple(matrix.shape)}, expected (P, d, d) with d >= 1")
+    many, d = check_square("matrix", matrix, _DTYPES, least=1)
     check_tensor("border", border, (many, d, None), _DTYPES, matrix)
     if border.shape[2] == 0:
         raise InputError(f"border: got shape {tuple(border.shape)}, expected (P, d, s) with s >= 1")

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from loft_fast import backends
-from loft_fast.errors import InputError
 from loft_fast.ops import reference
-from loft_fast.ops.arguments import check_tensor
+from loft_fast.ops.arguments import check_square, check_tensor
 
 _OP = "symmetric_matmul"
 _DTYPES = (torch.float32, torch.float64)
@@ -33,10 +32,7 @@ def symmetric_matmul(
     Raises:
         InputError: an argument has a wrong type, shape, dtype or device.
     """
-    check_tensor("x", x, (None, None, None), _DTYPES, x)
-    many, d, columns = x.shape
-    if d != columns or d == 0:
-        raise InputError(f"x: got shape {tuple(x.shape)}, expected (B, d, d) with d >= 1")
+    many, d = check_square("x", x, _DTYPES, least=1)
     y = x if y is None else y
     check_tensor("y", y, (many, d, d), (x.dtype,), x)
     scale = x.new_empty(many, 3)

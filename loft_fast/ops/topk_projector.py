@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from loft_fast.errors import InputError
-from loft_fast.ops.arguments import check_positive, check_tensor
+from loft_fast.ops.arguments import check_positive, check_square
 from loft_fast.ops.eigh import eigh
 from loft_fast.ops.symmetric_matmul import symmetric_matmul
 
@@ -116,10 +116,7 @@ def topk_projector(matrix: Tensor, rank: int, window: Window | None = None, tole
     Raises:
         InputError: an argument has a wrong type, shape, dtype or value.
     """
-    check_tensor("matrix", matrix, (None, None, None), (torch.float32, torch.float64), matrix)
-    many, d, columns = matrix.shape
-    if d != columns:
-        raise InputError(f"matrix: got shape {tuple(matrix.shape)}, expected (B, d, d)")
+    many, d = check_square("matrix", matrix, (torch.float32, torch.float64))
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank < d:
         raise InputError(f"rank: got {rank!r}, expected an integer between 1 and {d - 1}")
     if window is not None and not len(window.low) == len(window.high) == len(window.radius) == many:
