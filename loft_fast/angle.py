@@ -16,6 +16,7 @@ from loft_fast.discriminant import linear_discriminant
 from loft_fast.errors import InputError
 from loft_fast.frontier import Frontier, Point
 from loft_fast.grouped_moments import GroupedMoments
+from loft_fast.heads import linear_head, with_closed
 from loft_fast.moments import Moments
 
 DEFAULT_ANGLE = 0.3
@@ -27,6 +28,7 @@ _DRAWS = 8192  # Gaussian rows in all: a point of accuracy is then known to abou
 _GROUPS = 48  # at most so many groups of a set are drawn from, evenly spread over the keys
 _ERASED_AUC = 0.62  # predicted AUC of a linear probe that counts as erased; true ones came out up to 0.06 higher
 _ERASE_COST = 1.0  # points of predicted retain accuracy that erasing may cost
+_CLOSED_COST = 0.5  # points that a projection may cost which is not what makes the head forget
 
 
 @dataclass(frozen=True)
@@ -45,23 +47,26 @@ def choose_angle(
     forget: Moments | GroupedMoments,
     head: nn.Module,
     erase: bool,
+    close: bool,
 ) -> Choice:
     """The mildest angle on a ladder at which the head is predicted to have forgotten, plus a margin.
 
     A group that retain does not have is forgotten at accuracy 0. A group of which retain has other rows is forgotten
     when its accuracy falls to what a linear discriminant refitted on the retain moments alone would reach.
-    With `erase`, the mildest angle from there on at which a linear probe is predicted to be blind as well.
+    With `close`, the outputs of the former will be closed: they are forgotten at any angle, and the angle ends where it
+    costs the retain groups more than half a point. With `erase`, the mildest angle from there on at which a linear
+    probe is predicted to be blind as well.
 
     Raises:
         InputError: moments are not grouped, keys are not outputs of the head, or the head does not fit the features.
     """
-    forecast = _Forecast(frontier, retain, forget, head)
+    forecast = _Forecast(frontier, retain, forget, head, close)
     return forecast.erased() if erase else forecast.mildest()
 
 
 @dataclass(frozen=True)
 class _Rung:
-    """What is predicted at one angle. cost: retain errors plus distance to the forget target, in points."""
+    """What is predicted at one angle, of the head as it is. cost: retain errors plus distance to the forget target."""
 
     cost: float
     basis: Tensor
@@ -79,16 +84,22 @@ class _Forecast:
         retain: Moments | GroupedMoments,
         forget: Moments | GroupedMoments,
         head: nn.Module,
+        close: bool = False,
     ) -> None:
         self.frontier = frontier
         center = frontier.objective.center
-        self.weight, self.bias = linear_head(head, frontier.objective.dim, center.device)
-        kept, gone = _grouped("retain", retain, len(self.weight)), _grouped("forget", forget, len(self.weight))
+        self.head = self.final_head = linear_head(head, frontier.objective.dim, center.device)
+        outputs = len(self.head[0])
+        kept, gone = _grouped("retain", retain, outputs), _grouped("forget", forget, outputs)
+        closed = [int(key) for key in gone if key not in kept] if close else []
+        if closed:
+            self.final_head = with_closed(*self.head, closed)
+        self.forgets_anyway = len(closed) == len(gone)
         self.retain_total, self.forget_total = kept.total(), gone.total()
-        self.retain_rows, self.forget_rows = _Gaussians(kept, self.weight), _Gaussians(gone, self.weight)
+        self.retain_rows, self.forget_rows = _Gaussians(kept, self.head[0]), _Gaussians(gone, self.head[0])
         self.target = 0.0
         if any(key in kept for key in gone):
-            self.target = self.forget_rows.accuracy(*_discriminant(kept, self.weight))
+            self.target = self.forget_rows.accuracy(*_discriminant(kept, self.head[0]))
         # Dropped coordinates are the same for every row, whatever value they are pinned at. The head was fitted around
         # the mean of all rows; pinned as far beyond the retain mean as that lies before it, they offset what the head
         # expects of forget rows. It matters when most of the data goes.
@@ -110,14 +121,40 @@ class _Forecast:
 
     def predict(self, basis: Tensor, center: Tensor) -> _Rung:
         """What the head makes of rows projected onto this basis about this centre."""
-        weight = (self.weight @ basis) @ basis.T
-        bias = self.bias + (self.weight - weight) @ center
-        retain, forget = self.retain_rows.accuracy(weight, bias), self.forget_rows.accuracy(weight, bias)
+        retain, forget = self.accuracies(_projected(self.head, basis, center))
         return _Rung(100 - retain + abs(forget - self.target), basis, center, retain, forget)
+
+    def final(self, index: int) -> tuple[float, float]:
+        """Retain and forget accuracy at one rung, with the outputs closed that will be."""
+        rung = self.at(index)
+        if self.final_head is self.head:
+            return rung.retain, rung.forget
+        return self.accuracies(_projected(self.final_head, rung.basis, rung.center))
+
+    def accuracies(self, head: tuple[Tensor, Tensor]) -> tuple[float, float]:
+        """Of the retain and the forget rows, by a linear head that reads features as they are."""
+        return self.retain_rows.accuracy(*head), self.forget_rows.accuracy(*head)
 
     def mildest(self) -> Choice:
         """The mildest angle that will do."""
-        return self.choice(self.first(), "the mildest angle predicted to forget, from moments and head, with a margin")
+        index = self.affordable()
+        if index < self.first():
+            why = "the strongest angle predicted to cost the retain set at most half a point; outputs are closed"
+            return self.choice(index, why)
+        return self.choice(index, "the mildest angle predicted to forget, from moments and head, with a margin")
+
+    def affordable(self) -> int:
+        """The first rung that will do, or where outputs are closed, the last one up to it that costs next to nothing.
+
+        A head with closed outputs forgets by itself. The projection then takes out of the features what the retain
+        rows can spare, which is little where the classes crowd the dimensions.
+        """
+        index = self.first()
+        if self.forgets_anyway:
+            least = self.retain_rows.accuracy(*self.final_head) - _CLOSED_COST
+            while index and self.final(index)[0] < least:
+                index -= 1
+        return index
 
     def first(self) -> int:
         """The first rung on the plateau of least cost, or one further as a margin if that is as good."""
@@ -139,21 +176,23 @@ class _Forecast:
 
     def erased(self) -> Choice:
         """The first rung that forgets and blinds a linear probe, or the last one after it that retain can afford."""
-        low, high = self.first(), len(_LADDER) - 1
-        affordable = self.at(low).retain - _ERASE_COST
+        low, high = self.affordable(), len(_LADDER) - 1
+        least = self.final(low)[0] - _ERASE_COST
         while low < high:
             middle = (low + high) // 2
-            done = self.probe_auc(self.at(middle).basis) <= _ERASED_AUC or self.at(middle).retain < affordable
+            done = self.probe_auc(self.at(middle).basis) <= _ERASED_AUC or self.final(middle)[0] < least
             low, high = (low, middle) if done else (middle + 1, high)
-        if self.at(high).retain < affordable:
+        if self.final(high)[0] < least:
             return self.choice(high - 1, "the strongest angle predicted to cost the retain set at most a point")
         return self.choice(high, "the mildest angle at which a linear probe is predicted to be blind")
 
     def choice(self, index: int, why: str) -> Choice:
+        """A rung, solved once more in float64."""
         rung = self.at(index)
+        retain, forget = self.final(index)
         predicted = {
-            "retain accuracy": rung.retain,
-            "forget accuracy": rung.forget,
+            "retain accuracy": retain,
+            "forget accuracy": forget,
             "forget target": self.target,
             "probe AUC": self.probe_auc(rung.basis),
         }
@@ -197,6 +236,12 @@ class _Gaussians:
         return 100 * float(right @ self.shares)
 
 
+def _projected(head: tuple[Tensor, Tensor], basis: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
+    """The head that says of a row what this one says of its projection."""
+    weight = (head[0] @ basis) @ basis.T
+    return weight, head[1] + (head[0] - weight) @ center
+
+
 def _discriminant(groups: GroupedMoments, like: Tensor) -> tuple[Tensor, Tensor]:
     """Weight and bias of the linear discriminant fitted to group moments; outputs without a group are never chosen."""
     keys = groups.keys()
@@ -205,17 +250,6 @@ def _discriminant(groups: GroupedMoments, like: Tensor) -> tuple[Tensor, Tensor]
     counts = torch.tensor([groups[key].count for key in keys]).to(like)
     index = torch.tensor([int(key) for key in keys], device=like.device)
     return linear_discriminant(within, means, counts, index, len(like))
-
-
-def linear_head(head: nn.Module, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Weight (outputs, d) and bias (outputs,) in float64 of a Linear or 1x1 convolution."""
-    weight = getattr(head, "weight", None)
-    if not isinstance(weight, Tensor) or weight.ndim < 2 or weight[0].numel() != dim:
-        got = type(head).__name__ + (f" with weight {tuple(weight.shape)}" if isinstance(weight, Tensor) else "")
-        raise InputError(f"head: got {got}, expected a linear head reading {dim} features")
-    matrix = weight.detach().reshape(len(weight), dim).to(device, torch.float64)
-    bias = getattr(head, "bias", None)
-    return matrix, bias.detach().to(matrix) if isinstance(bias, Tensor) else matrix.new_zeros(len(matrix))
 
 
 def _grouped(name: str, moments: Moments | GroupedMoments, outputs: int) -> GroupedMoments:

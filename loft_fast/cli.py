@@ -21,7 +21,7 @@ from loft_fast.fetch import fetch_moments
 from loft_fast.grouped_moments import GroupedMoments
 from loft_fast.sites import find_site
 from loft_fast.solver import solve
-from loft_fast.unlearn import predicting_head
+from loft_fast.unlearn import outputs_gone, predicting_head
 
 _EPILOG = """MODEL and LOADER are written module:name and looked up from the current folder; a function is called to get
 the model or the loader. For example, with mine.py holding net() and loader():
@@ -163,25 +163,30 @@ def _forget(options: argparse.Namespace) -> tuple[Any, str]:
     keys = [key_of(text, moments.__contains__) for text in options.keys]
     model = None if options.model is None else load_model(options.model)
     kept, gone = moments.without(keys), moments.select(keys)
+    found = options.rank is None and options.min_retain_kept is None
     head = None
-    if model is not None and options.rank is None and options.min_retain_kept is None:
+    if model is not None and (found or options.weights):
         head = predicting_head(model, find_site(model, moments.site), kept, gone)
+    closed = outputs_gone(kept, gone) if head is not None and options.weights else []
+    guide = head if found else None
     projection = solve(
         kept,
         gone,
         options.rank,
         options.about,
-        head,
+        guide,
         erase=options.erase,
+        close=bool(closed) and guide is not None,
         min_retain_kept=options.min_retain_kept,
     )
     certificate = projection.certificate
     assert certificate is not None
-    result = {"file": str(options.out), "keys": keys, "site": projection.site, "certificate": asdict(certificate)}
+    result: dict[str, Any] = {"file": str(options.out), "keys": keys, "site": projection.site}
+    result["certificate"] = asdict(certificate)
     if options.weights is not None:
         assert model is not None
-        write_weights(options.weights, model, projection)
-        result["weights"] = str(options.weights)
+        write_weights(options.weights, model, projection, closed)
+        result |= {"weights": str(options.weights), "closed": closed}
     projection.save(options.out)
     return result, f"{certificate}\nwritten       {', '.join(str(p) for p in (options.out, options.weights) if p)}"
 

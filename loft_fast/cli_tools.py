@@ -6,7 +6,7 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import nn
 from loft_fast import files
 from loft_fast.errors import InputError
 from loft_fast.grouped_moments import Key
+from loft_fast.outputs import close_outputs
 from loft_fast.projection import Projection
 from loft_fast.sites import unwrap
 from loft_fast.surgery import fold
@@ -41,9 +42,11 @@ def check_solving(options: argparse.Namespace) -> None:
             files.writable_folder(name, path.parent)
 
 
-def write_weights(path: Path, model: nn.Module, projection: Projection) -> None:
-    """Fold the projection into the model, and write its state."""
+def write_weights(path: Path, model: nn.Module, projection: Projection, closed: Sequence[int] = ()) -> None:
+    """Fold the projection into the model, close these outputs, and write its state."""
     fold(model, projection)
+    if closed:
+        close_outputs(model, closed, projection.site)
     files.write_tensors(path, "weights", unwrap(model).state_dict(), {"site": projection.site or ""})
 
 

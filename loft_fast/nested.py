@@ -8,10 +8,10 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-from loft_fast.angle import linear_head
 from loft_fast.errors import InputError
 from loft_fast.float_state import FloatState
 from loft_fast.grouped_moments import GroupedMoments
+from loft_fast.heads import linear_head
 from loft_fast.moments import Moments
 from loft_fast.projection import Projection
 from loft_fast.solver import solve

@@ -7,11 +7,10 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from loft_fast.errors import InputError
+from loft_fast.heads import with_closed
 from loft_fast.sites import find_site
 from loft_fast.state import lasting
 from loft_fast.surgery import foldable, rewrite
-
-_BELOW = 20.0  # the mean logit of the other classes: at most 2e-9 of the probability of the likeliest
 
 
 @lasting
@@ -47,7 +46,4 @@ def close_outputs(model: nn.Module, outputs: Iterable[int], site: str | None = N
     bias = place.plain.bias
     rows = weight.detach().double()
     offsets = bias.detach().double() if isinstance(bias, Tensor) else rows.new_zeros(len(rows))
-    stay = [one for one in range(len(rows)) if one not in closed]
-    rows[closed] = rows[stay].mean(0)
-    offsets[closed] = offsets[stay].mean() - _BELOW
-    rewrite(place.plain, rows, offsets)
+    rewrite(place.plain, *with_closed(rows, offsets, closed))

@@ -53,6 +53,7 @@ def solve(
     tolerance: float = 1e-6,
     *,
     erase: bool = False,
+    close: bool = False,
     angle: float | None = None,
     forget_weight: float | None = None,
     min_retain_kept: float | None = None,
@@ -79,6 +80,9 @@ def solve(
         head: the linear classifier that reads the features; group keys are then its output indices.
         tolerance: relative gap to stop at.
         erase: with `head`, ask for an angle at which a linear probe, too, no longer finds the forget rows.
+        close: with `head`, say that `close_outputs` will follow, for the classes of which nothing is retained. What is
+            predicted is then of such a head, and as it forgets by itself, the angle may not cost the retain groups more
+            than half a point.
         start: the solution of a like problem, such as the last one of several requests. A search for the optimum of a
             loss begins at its angle: it ends at the same optimum, within tolerance, and usually sooner.
 
@@ -109,9 +113,10 @@ def solve(
     check_number("min_retain_kept", min_retain_kept, 0.0, 1.0)
     check_number("max_loss", max_loss, 0.0, 2.0)
     check_number("tolerance", tolerance, 1e-12, 1.0)
-    if erase and (head is None or rank is not None or chosen):
-        got = "without a head" if head is None else f"together with {'rank' if rank is not None else chosen[0]}"
-        raise InputError(f"erase: got True {got}, expected a head, which finds the angle by itself")
+    for name, wish in (("erase", erase), ("close", close)):
+        if wish and (head is None or rank is not None or chosen):
+            got = "without a head" if head is None else f"together with {'rank' if rank is not None else chosen[0]}"
+            raise InputError(f"{name}: got True {got}, expected a head, which finds the angle by itself")
     if max_loss is not None and rank is not None:
         raise InputError("max_loss: got it together with rank, expected one of them: max_loss finds the rank")
     if start is not None and not isinstance(start, Projection):
@@ -133,7 +138,7 @@ def solve(
         if angle is not None:
             point, why = frontier.at(angle, rank), "the angle asked for"
         elif head is not None:
-            choice = choose_angle(frontier, retain, forget, head, erase)
+            choice = choose_angle(frontier, retain, forget, head, erase, close)
             point, center, why, predicted = choice.point, choice.center, choice.why, choice.predicted
         else:
             point = frontier.at(DEFAULT_ANGLE)

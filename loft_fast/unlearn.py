@@ -87,20 +87,16 @@ def unlearn(
     kept = _moments("retain", model, retain, str(place), progress)
     clock.lap("moments")
     head = predicting_head(model, place, kept, gone)
-    closed: list[int] = []
-    if head is not None and isinstance(kept, GroupedMoments) and isinstance(gone, GroupedMoments):
-        left = {key for key in kept if kept[key].count}
-        closed = [int(key) for key in gone if key not in left]
-        if len(closed) < len(gone):
-            shared = len(gone) - len(closed)
-            log.warning("forget: %d of its classes have rows to retain, too: see match_retrained", shared)
-    projection = solve(kept, gone, rank, about, head if rank is None else None, erase=erase)
+    closed = [] if head is None else outputs_gone(kept, gone)
+    guide = head if rank is None else None
+    projection = solve(kept, gone, rank, about, guide, erase=erase, close=fold and guide is not None)
     projection.site = str(place)
     clock.lap("solve")
     attached = None
     if fold:
         _fold(model, projection, str(place))
-        close_outputs(model, closed, str(place))
+        if closed:
+            close_outputs(model, closed, str(place))
     else:
         attached = attach(model, projection, str(place))
     clock.lap("fold" if fold else "attach")
@@ -146,6 +142,17 @@ def _moments(
         return fetch_moments(model, data, site, group="auto", progress=progress)
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
+
+
+def outputs_gone(retain: Moments | GroupedMoments, forget: Moments | GroupedMoments) -> list[int]:
+    """Of groups that are outputs of the head, those to forget of which nothing is retained; warns of others."""
+    assert isinstance(retain, GroupedMoments)
+    assert isinstance(forget, GroupedMoments)
+    gone = [int(key) for key in forget if key not in retain or not retain[key].count]
+    if len(gone) < len(forget):
+        shared = len(forget) - len(gone)
+        log.warning("forget: %d of its classes have rows to retain, too: see match_retrained", shared)
+    return gone
 
 
 def predicting_head(model: nn.Module, place: Site, *moments: Moments | GroupedMoments) -> nn.Module | None:

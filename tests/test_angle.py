@@ -10,8 +10,9 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
-from loft_fast import GroupedMoments, InputError, Moments, solve
-from loft_fast.angle import DEFAULT_ANGLE, _Forecast, linear_head
+from loft_fast import GroupedMoments, InputError, Moments, close_outputs, solve
+from loft_fast.angle import DEFAULT_ANGLE, _Forecast
+from loft_fast.heads import linear_head
 
 DIM, CLASSES = 24, 6
 
@@ -133,6 +134,75 @@ def test_erasing_stops_where_the_retain_set_would_pay():
     assert erased.certificate.angle >= mild.certificate.angle
     assert erased.certificate.predicted["probe AUC"] > 0.62
     assert after[0] > mild_after[0] - 2
+
+
+class Crowded(Classes):
+    """More classes than dimensions: none can be projected away at no cost to the others."""
+
+    def __init__(self):
+        super().__init__(classes=20, dim=20)
+        rows = torch.randn(20, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        self.means, self.mixing = 4 * nn.functional.normalize(rows), torch.eye(8, dtype=torch.float64)
+        self.fit_head()
+
+    @functools.cached_property
+    def moments(self):
+        return GroupedMoments(8).update(*self.draw(400))
+
+
+def close(problem, gone):
+    """A copy of the problem's head with these outputs closed."""
+    head = linear(problem.head.weight.data, problem.head.bias.data)
+    close_outputs(nn.Sequential(head), gone)
+    return head
+
+
+@pytest.mark.parametrize("gone", [[3], [0, 5, 9]])
+def test_where_outputs_are_closed_the_others_pay_next_to_nothing(gone):
+    problem = Crowded()
+    problem_open, before, after = solved(problem, gone)
+    projection, _, _ = solved(problem, gone, close=True)
+    assert after[0] < before[0] - 2
+    rows, labels = problem.draw(2000, seed=2)
+    kept = [key for key in problem.moments if key not in gone]
+    head = close(problem, gone)
+    alone, with_projection = (accuracy(head, z, labels, kept) for z in (rows, projection(rows)))
+    assert with_projection > alone - 1
+    assert accuracy(head, projection(rows), labels, gone) == 0
+    certificate = projection.certificate
+    assert certificate.angle < problem_open.certificate.angle
+    assert "cost the retain set at most half a point" in certificate.why
+    assert certificate.predicted["retain accuracy"] == pytest.approx(with_projection, abs=1)
+    assert certificate.predicted["forget accuracy"] == 0
+    erased, _, _ = solved(problem, gone, close=True, erase=True)
+    assert accuracy(head, erased(rows), labels, kept) > with_projection - 2
+
+
+def test_closing_changes_nothing_where_forgetting_is_free():
+    problem = Classes()
+    assert torch.equal(solved(problem, [2])[0].basis, solved(problem, [2], close=True)[0].basis)
+
+
+def test_classes_with_rows_that_stay_are_forgotten_as_if_nothing_were_closed():
+    """Closed outputs do not forget the rest of what was asked for."""
+    problem = Crowded()
+    shared = problem.moments.select([3, 4])
+    part = GroupedMoments(8).update(*problem.draw(50, seed=9)).select([4]) + shared.select([3])
+    kept = problem.moments.without([3])
+    basis = [solve(kept, part, head=problem.head, close=choice).basis for choice in (False, True)]
+    assert torch.equal(*basis)
+
+
+@pytest.mark.parametrize("name", ["erase", "close"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({}, "without a head"), ({"rank": 3}, "together with rank"), ({"angle": 0.3}, "together with angle")],
+)
+def test_erasing_and_closing_need_the_head_alone(name, options, message):
+    problem = Classes()
+    head = problem.head if options else None
+    with pytest.raises(InputError, match=f"{name}: got True {message}, expected a head"):
+        solve(problem.moments.without([2]), problem.moments.select([2]), head=head, **{name: True}, **options)
 
 
 def test_rows_of_a_group_that_stays_are_forgotten_only_as_far_as_generalising_goes():

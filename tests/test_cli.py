@@ -123,14 +123,15 @@ def test_fetch_then_forget(mine, capsys):
     assert projection.site == "2:input"
     moments = GroupedMoments.load("m.safetensors")
     assert moments.keys() == [0, 1, 2, 3]
-    # What was written is the model with the projection in its head.
+    # What was written is the model with the projection in its head, and the output of 3 closed.
     import mine as module
 
     x = module.loader()[0][0]
     written = torch.nn.Sequential(torch.nn.Linear(6, 12), torch.nn.ReLU(), torch.nn.Linear(12, 4))
     written.load_state_dict(load_file("w.safetensors"))
     torch.testing.assert_close(written(x), module.net()(x))
-    assert not bool((written(x).argmax(1) == 3).any())
+    torch.testing.assert_close(written(x)[:, 3], written(x)[:, :3].mean(1) - 20)
+    assert forgotten["closed"] == [3]
 
 
 def test_forget_without_a_model_uses_what_it_is_told(mine, capsys):

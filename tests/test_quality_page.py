@@ -15,6 +15,7 @@ def run(method, task="one class", gap=0.0, original=0, seed=0, **more):
     """A run as bench.quality.run writes it, of accuracies that were never measured."""
     accuracies = {"retain_train": 100.0, "forget_train": gap, "retain_test": 98.0, "mia": 10 * gap}
     about = {"data": "mnist-5000", "model": "cnn", "task": task, "method": method, "original": original, "seed": seed}
+    about["version"] = "1"
     costs = {"seconds": 2.0, "touched": 100, "bytes": 40960}
     others = {"mia_entropy": 1.0, "agreement": 90.0, "kl": gap / 10, "tug_of_war": 0.5}
     return {**about, "knobs": {}, **accuracies, **others, "gap": gap, **costs, **more}
@@ -215,6 +216,15 @@ def test_command_without_runs_says_so(content, tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.startswith("no runs: ")
     assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_of_two_versions_of_a_data_set_are_not_put_together(tmp_path, capsys):
+    file = tmp_path / "runs.jsonl"
+    for original, version in enumerate(("1", "2")):
+        store.add_run(run("ours", original=original, version=version), file)
+    assert page.main([f"--runs={file}", f"--out={tmp_path / 'out'}", f"--json={tmp_path / 'results.json'}"]) == 1
+    assert "got 2 versions of mnist-5000, expected one" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from bench.quality import forecasts, measures, originals, run, store, tune
-from bench.quality.data import DATA, load
+from bench.quality.data import DATA, load, packages
 from bench.quality.data.data import Data, split
 from bench.quality.data.images import STYLES, styles
 from bench.quality.execute import Case, changed, execute, prepare
@@ -47,6 +47,23 @@ def smaller(classes):
 
 
 RECIPE = Recipe(small, 15, 32, 1e-2)
+
+
+def test_packages_are_those_of_the_release_and_not_of_its_updates(monkeypatch):
+    stanzas = [
+        f"Package: p{i}\nSection: {'net' if i % 2 else 'contrib/web'}\nMaintainer: A <a@b>\nDescription: does {i}"
+        for i in range(packages.FEWEST_STANZAS)
+    ]
+    files = {"/lists/main": "\n\n".join(stanzas), "/lists/more": stanzas[0] + "\n\n" + stanzas[1]}
+    targets = "stable /lists/more\nstable-updates /lists/u\nstable-security /lists/s\nstable /lists/main\n"
+    monkeypatch.setattr(packages, "_output", lambda *command: files.get(command[-1], targets))
+    found = packages.available()
+    assert len(found) == packages.FEWEST_STANZAS  # a description that comes twice counts once
+    assert found[0] == packages.Package("net", "does 1", "A <a@b>")
+    assert {package.section for package in found} == {"net", "web"}
+    files["/lists/main"] = stanzas[0]
+    with pytest.raises(RuntimeError, match=r"apt knows only 3 packages: run `apt-get update` first"):
+        packages.available()
 
 
 @pytest.fixture(scope="module")
@@ -631,6 +648,16 @@ def test_a_second_start_adds_nothing(once, tiny, tmp_path):
     file = shutil.copy(once, tmp_path / "runs.jsonl")
     tiny(run, *ARGUMENTS, "--file", file)
     assert file.read_bytes() == once.read_bytes()
+
+
+def test_what_ran_on_another_version_of_the_data_runs_again(few, tiny):
+    for one in store.read_runs(few):
+        store.add_run({**one, "version": "of before", "gap": -1.0}, few)
+    tiny(run, *FEW, "--file", few)
+    again = store.read_runs(few)
+    assert len(again) == 8
+    assert min(one["gap"] for one in again) >= 0
+    assert not store.versions(again)
 
 
 @pytest.fixture

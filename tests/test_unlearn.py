@@ -43,6 +43,25 @@ def test_the_class_is_forgotten_and_the_rest_kept(fold, rank):
     assert not (predictions(model, rows_of([2], seed=1)) == 2).any()
 
 
+def test_fold_elsewhere_than_in_the_head_closes_nothing():
+    model = build(Classes)
+    head = everything(model.fc)
+    assert unlearn(model, site="body:output", fold=True).site == "body:output"
+    assert everything(model.fc) == head
+    assert not (predictions(model, rows_of([2], seed=1)) == 2).any()
+
+
+def test_outputs_are_closed_only_where_nothing_stays():
+    """Folded, and the angle found for a head with closed outputs; attached, for the head as it is."""
+    folded, attached = build(Classes), build(Classes)
+    kept, gone = (moments_of(folded, batches) for batches in (RETAIN, FORGET))
+    close, open_ = (loft.solve(kept, gone, head=attached.fc, close=close) for close in (True, False))
+    assert torch.equal(unlearn(folded, fold=True).projection.basis, close.basis)
+    assert torch.equal(unlearn(attached).projection.basis, open_.basis)
+    low, mean = folded.fc.bias[2], folded.fc.bias[:2].mean()
+    torch.testing.assert_close(low, mean - 20)
+
+
 def test_attached_result():
     model = build(Classes)
     before = everything(model)

@@ -122,10 +122,14 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.runs.is_file():
         print(f"no runs: {options.runs} is not there; python -m bench.quality.run writes it", file=sys.stderr)
         return 1
-    rows = summarise(store.read_runs(options.runs))
-    if not rows:
+    runs = store.read_runs(options.runs)
+    if not runs:
         print(f"no runs: {options.runs} has not one whole line", file=sys.stderr)
         return 1
+    for name, known in store.versions(runs).items():
+        print(f"{options.runs}: got {len(known)} versions of {name}, expected one: run it all again", file=sys.stderr)
+        return 1
+    rows = summarise(runs)
     write(rows, options.out, options.json)
     print(tables.text(tables.overview_table(overview(rows))))
     return 0

@@ -67,8 +67,9 @@ class Bench:
         measured: dict[str, Any] = likeness(Seen.of(result.model, case.sets), reference)
         if seed == 0:
             measured |= self.deeper(case, result.model)
-        about = {"data": self.data.name, "model": self.network, "task": case.task.name, "method": name}
-        return {**about, "original": original, "seed": seed, "knobs": settings, **measured, **result.costs}
+        about = {"data": self.data.name, "version": self.data.version, "model": self.network, "task": case.task.name}
+        about |= {"method": name, "original": original, "seed": seed}
+        return {**about, "knobs": settings, **measured, **result.costs}
 
     def deeper(self, case: Case, model: Any) -> dict[str, Any]:
         """The measures that take longer: once for each original."""
@@ -121,9 +122,10 @@ def main() -> None:
     parser.add_argument("--file", type=Path, default=store.RUNS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    done = set() if options.again else {store.key(record) for record in store.read_runs(options.file)}
+    known = [] if options.again else store.read_runs(options.file)
     for data_name in options.data:
         data = load(data_name, options.cache)
+        done = {store.key(record) for record in known if record["version"] == data.version}
         for network in RECIPES[data_name]:
             if options.models and network not in options.models:
                 continue

@@ -32,6 +32,14 @@ def read_runs(path: Path = RUNS) -> list[Record]:
     return list(found.values())
 
 
+def versions(records: list[Record]) -> dict[str, set[str]]:
+    """Of what data: what is known of the data sets whose results are of several versions of it."""
+    found: dict[str, set[str]] = {}
+    for record in records:
+        found.setdefault(record["data"], set()).add(record["version"])
+    return {name: known for name, known in found.items() if len(known) > 1}
+
+
 def add_run(record: Record, path: Path = RUNS) -> None:
     """Append one line, whole even when several processes write."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,14 @@ class Data:
     def classes(self) -> int:
         """Outputs of a network for it."""
         return len(self.names)
+
+    @property
+    def version(self) -> str:
+        """The same for the same labels and groups: inputs that are computed come out a little different elsewhere."""
+        digest = hashlib.sha256(" ".join(self.names).encode())
+        for part in (self.train.y, self.validation.y, self.test.y, self.group, self.group_test):
+            digest.update(part.contiguous().numpy().tobytes())
+        return digest.hexdigest()[:12]
 
     def held_out(self, share: float = 0.1) -> Data:
         """For tuning: a part of the training rows takes the place of the test rows, which stay unseen."""

@@ -19,11 +19,16 @@ class Package(NamedTuple):
 
 
 def available() -> list[Package]:
-    """Every package known to apt whose description no other package has (the first by section and text stays)."""
+    """Every package of the release whose description no other package has (the first by section and text stays).
+
+    Without the updates to it, which come every few days: results are compared over months.
+    """
     try:
-        listing = subprocess.run(["apt-cache", "dumpavail"], capture_output=True, check=True, text=True).stdout
+        targets = _output("apt-get", "indextargets", "--format", "$(SUITE) $(FILENAME)", "Created-By: Packages")
+        lists = [path for suite, path in map(str.split, targets.splitlines()) if "-" not in suite]
+        listing = "\n\n".join(_output("/usr/lib/apt/apt-helper", "cat-file", path) for path in sorted(lists))
     except (OSError, subprocess.CalledProcessError) as error:
-        raise RuntimeError("this benchmark reads `apt-cache dumpavail`: it needs Debian (or a relative)") from error
+        raise RuntimeError("this benchmark reads the package lists of apt: it needs Debian (or a relative)") from error
     found = list(_parse(listing))
     if len(found) < FEWEST_STANZAS:
         raise RuntimeError(f"apt knows only {len(found)} packages: run `apt-get update` first, then this again")
@@ -42,6 +47,10 @@ def sample(seed: int = 0) -> list[Package]:
 
 def _at_most(packages: list[Package], draw: random.Random) -> list[Package]:
     return packages if len(packages) <= CAP else draw.sample(packages, CAP)
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, check=True, text=True).stdout
 
 
 def _parse(listing: str) -> Iterator[Package]:

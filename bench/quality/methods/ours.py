@@ -16,12 +16,12 @@ from loft_fast import GroupedMoments, Moments, Projection, close_outputs, fetch_
 
 def run(problem: Problem) -> nn.Module:
     """What `unlearn` does: the default of `solve` on moments by class, and the outputs of the classes closed."""
-    return _projected(problem, problem.copy(), solve(*moments(problem), head=problem.original.fc))
+    return _projected(problem, problem.copy(), _solved(problem))
 
 
 def erase(problem: Problem) -> nn.Module:
     """Asked for features in which a linear probe does not find the rows either."""
-    return _projected(problem, problem.copy(), solve(*moments(problem), head=problem.original.fc, erase=True))
+    return _projected(problem, problem.copy(), _solved(problem, erase=True))
 
 
 def blocks(problem: Problem, *, angle: float) -> nn.Module:
@@ -37,7 +37,7 @@ def blocks(problem: Problem, *, angle: float) -> nn.Module:
             problem.prepared += time.perf_counter() - start
         model.blocks[index] = nn.Sequential(model.blocks[index], Channels(solve(*parts, angle=angle)))
     parts = _moments(problem, model, "fc")
-    return _projected(problem, model, solve(*parts, head=model.fc))
+    return _projected(problem, model, solve(*parts, head=model.fc, close=True))
 
 
 def closed(problem: Problem) -> nn.Module:
@@ -45,6 +45,10 @@ def closed(problem: Problem) -> nn.Module:
     model = problem.copy().eval()
     close_outputs(model, problem.gone, "fc")
     return model
+
+
+def _solved(problem: Problem, erase: bool = False) -> Projection:
+    return solve(*moments(problem), head=problem.original.fc, erase=erase, close=True)
 
 
 def _projected(problem: Problem, model: Chain, projection: Projection) -> nn.Module:

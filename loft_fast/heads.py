@@ -1,0 +1,33 @@
+"""The linear layer that scores the classes, as a matrix and an offset in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from loft_fast.errors import InputError
+
+_BELOW = 20.0  # the mean logit of the other classes: at most 2e-9 of the probability of the likeliest
+
+
+def linear_head(head: nn.Module, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Weight (outputs, d) and bias (outputs,) in float64 of a Linear or 1x1 convolution."""
+    weight = getattr(head, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim < 2 or weight[0].numel() != dim:
+        got = type(head).__name__ + (f" with weight {tuple(weight.shape)}" if isinstance(weight, Tensor) else "")
+        raise InputError(f"head: got {got}, expected a linear head reading {dim} features")
+    matrix = weight.detach().reshape(len(weight), dim).to(device, torch.float64)
+    bias = getattr(head, "bias", None)
+    return matrix, bias.detach().to(matrix) if isinstance(bias, Tensor) else matrix.new_zeros(len(matrix))
+
+
+def with_closed(weight: Tensor, bias: Tensor, outputs: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The head whose logits of these outputs are the mean of the others less 20; the others as they are."""
+    stay = torch.ones(len(weight), dtype=torch.bool, device=weight.device)
+    stay[list(outputs)] = False
+    weight, bias = weight.clone(), bias.clone()
+    weight[~stay] = weight[stay].mean(0)
+    bias[~stay] = bias[stay].mean() - _BELOW
+    return weight, bias
