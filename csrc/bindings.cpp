@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "eigh.h"
 #include "gram.h"
 #include "instructions.h"
 #include "inverse_form.h"
@@ -91,6 +92,13 @@ PYBIND11_MODULE(_native, module) {
             loft_fast::inverse_form(reinterpret_cast<const double*>(matrix), reinterpret_cast<const double*>(border),
                                     many, d, s, reinterpret_cast<double*>(out), reinterpret_cast<bool*>(positive),
                                     threads);
+        },
+        py::call_guard<py::gil_scoped_release>());
+    module.def(
+        "eigh",
+        [](uintptr_t matrix, int64_t many, int64_t d, uintptr_t values, uintptr_t vectors, int threads) {
+            return loft_fast::eigh(reinterpret_cast<const float*>(matrix), many, d, reinterpret_cast<float*>(values),
+                                   reinterpret_cast<float*>(vectors), threads);
         },
         py::call_guard<py::gil_scoped_release>());
     module.def("instructions", &loft_fast::instructions_name);

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import test_eigh
 import test_gram
 import test_moments_update
 import test_project
@@ -82,6 +83,12 @@ def test_products_and_forms(instructions, dtype, d):
     found, fine = inverse_form(matrix, border)
     assert fine.all()
     torch.testing.assert_close(found, border.mT @ torch.linalg.solve(matrix, border), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["rank 5", "three clusters", "small whole numbers"])
+@pytest.mark.parametrize("d", [5, 49, 100])
+def test_eigenvectors(instructions, d, kind):
+    test_eigh.check(test_eigh.HARD[kind](d).float())
 
 
 # ---- one state, many threads ----

@@ -47,6 +47,16 @@ def _cuda(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return cuda.eigh(matrix) if matrix.shape[1] <= _LARGEST else _plain(matrix)
 
 
+@backends.implements(_OP, "native", devices=("cpu",), dtypes=(torch.float32,))
+def _native(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    matrix = matrix.contiguous()
+    values, vectors = _fake(matrix)
+    run, threads = backends.native_module().eigh, torch.get_num_threads()
+    if run(matrix.data_ptr(), *matrix.shape[:2], values.data_ptr(), vectors.data_ptr(), threads):
+        return values, vectors
+    return _plain(matrix)  # which says why not
+
+
 @backends.implements(_OP, "torch", dtypes=_DTYPES)
 def _plain(matrix: Tensor) -> tuple[Tensor, Tensor]:
     try:
