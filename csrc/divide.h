@@ -17,7 +17,7 @@ namespace loft_fast {
 // Eigenvalues and eigenvectors of a small tridiagonal matrix by QL steps with implicit shifts (LAPACK's steqr).
 // d: the diagonal, then the eigenvalues; e: what is beside it, n numbers of which the last does not count, destroyed;
 // rows: (n, n), an eigenvector each. False if it takes too long.
-inline bool small_tridiagonal(int64_t n, double* d, double* e, double* rows) {
+LOFT_INLINE bool small_tridiagonal(int64_t n, double* d, double* e, double* rows) {
     std::fill_n(rows, n * n, 0.0);
     for (int64_t i = 0; i < n; ++i) rows[i * n + i] = 1;
     for (int64_t l = 0; l < n; ++l) {
@@ -27,12 +27,12 @@ inline bool small_tridiagonal(int64_t n, double* d, double* e, double* rows) {
             if (m == l) break;
             if (step == 60) return false;
             double g = (d[l + 1] - d[l]) / (2 * e[l]);
-            g = d[m] - d[l] + e[l] / (g + std::copysign(std::hypot(g, 1.0), g));
+            g = d[m] - d[l] + e[l] / (g + std::copysign(std::sqrt(g * g + 1), g));
             double s = 1, c = 1, p = 0;
             int64_t i = m - 1;
             for (; i >= l; --i) {
                 double f = s * e[i];
-                const double b = c * e[i], r = std::hypot(f, g);
+                const double b = c * e[i], r = std::sqrt(f * f + g * g);  // of numbers of float32: no square is too small
                 e[i + 1] = r;
                 if (r == 0) {
                     d[i + 1] -= p;
@@ -109,7 +109,7 @@ class Divide {
     const float* row(int64_t i) const { return rows_ + i * stride_; }
 
   private:
-    bool leaf(int64_t low, int64_t high) {
+    LOFT_INLINE bool leaf(int64_t low, int64_t high) {
         const int64_t n = high - low;
         std::vector<double> e(e_.begin() + low, e_.begin() + high), rows(at(n * n));
         if (!small_tridiagonal(n, &d_[at(low)], e.data(), rows.data())) return false;
@@ -174,7 +174,7 @@ class Divide {
                 continue;
             }
             if (before >= 0) {
-                const double length = std::hypot(z[at(i)], z[at(before)]);
+                const double length = std::sqrt(z[at(i)] * z[at(i)] + z[at(before)] * z[at(before)]);
                 const double c = z[at(i)] / length, s = -z[at(before)] / length;
                 if (std::fabs((d[i] - d[before]) * c * s) <= small) {
                     rotate(low + before, low + i, low, high, static_cast<float>(c), static_cast<float>(s));

@@ -1,14 +1,9 @@
-"""Many small problems at once: stacked, so that they share every call, and shared out to the threads."""
+"""Many small problems at once: stacked, so that they share every call, and the threads share every call out."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import Any
-
-import torch
+from collections.abc import Sequence
 
 from loft_fast.errors import InputError
 from loft_fast.frontier import Frontier
@@ -20,8 +15,7 @@ from loft_fast.projection import Projection
 from loft_fast.solver import AT_RANK, certify, check_number, searched
 from loft_fast.state import lasting
 
-_LARGE = 512  # features from which on one problem keeps all threads busy
-_STACK = 1 << 20  # bytes of one matrix of a stack: it is to stay in the cache
+_STACK = 1 << 23  # bytes of one matrix of a stack: all threads have enough to do, and it stays in the last cache
 
 Sets = Sequence[Moments | GroupedMoments]
 
@@ -59,13 +53,11 @@ def solve_batch(
     check_number("rank", rank, 1, dim - 1, whole=True)
     check_number("tolerance", tolerance, 1e-12, 1.0)
     size = max(1, _STACK // (8 * dim * dim)) if device.type == "cpu" else len(retain)
-    threads = torch.get_num_threads() if device.type == "cpu" and dim < _LARGE else 1
-
-    def solve_stack(start: int) -> list[Projection]:
-        return _solve_stack(retain[start : start + size], forget[start : start + size], start, rank, about, tolerance)
-
-    with _shared_out(threads, -(-len(retain) // size)) as pool:
-        return [projection for stack in pool(solve_stack, range(0, len(retain), size)) for projection in stack]
+    found: list[Projection] = []
+    for start in range(0, len(retain), size):
+        stack = slice(start, start + size)
+        found += _solve_stack(retain[stack], forget[stack], start, rank, about, tolerance)
+    return found
 
 
 @lasting
@@ -108,17 +100,3 @@ def _check(retain: Sets, forget: Sets) -> None:
                 )
     if len(retain) != len(forget):
         raise InputError(f"forget: got {len(forget)} sets, expected {len(retain)}, as many as in retain")
-
-
-@contextmanager
-def _shared_out(threads: int, tasks: int) -> Iterator[Callable[..., Iterable[Any]]]:
-    """A `map` over threads. torch uses one per call meanwhile: together they are as many as it would use itself."""
-    if min(threads, tasks) == 1:
-        yield map
-        return
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            yield pool.map
-    finally:
-        torch.set_num_threads(threads)
