@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from loft_fast import ops
 from loft_fast.discriminant import linear_discriminant
 from loft_fast.errors import InputError
 from loft_fast.frontier import Frontier, Point
@@ -228,8 +229,9 @@ class _Gaussians:
 
     def accuracy(self, weight: Tensor, bias: Tensor) -> float:
         """Percent of rows expected to be classified as their group by argmax(weight z + bias)."""
-        narrow = weight.float()
-        values, vectors = torch.linalg.eigh((narrow @ self.covariances @ narrow.T).to(weight))
+        narrow = weight.float().T.expand(len(self.covariances), -1, -1)
+        of_logits = ops.gram(narrow, ops.gram(self.covariances, narrow))
+        values, vectors = (part.to(weight) for part in ops.eigh(of_logits))
         spread = vectors * values.clamp_min(0).sqrt().unsqueeze(1)  # [groups, outputs, outputs]
         logits = self.noise @ spread.mT + (self.means @ weight.T + bias).unsqueeze(1)  # [groups, draws, outputs]
         right = (logits.argmax(2) == self.labels.unsqueeze(1)).to(weight).mean(1)
