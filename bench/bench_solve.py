@@ -1,7 +1,7 @@
 """The certified optimum against the published way to it: 50 steps of Riemannian Adam (geoopt), same matrices.
 
 Checked before the clock starts: a relative gap of at most 1e-6 (the row's error), and a loss below the peer's.
-What a proof is made of is timed against torch; there the error is relative to torch's result, or to float64.
+What solving and proving is made of is timed against torch; there the error is relative to float64 or torch's result.
 """
 
 import pytest
@@ -12,7 +12,7 @@ from bench.peers.riemannian_adam import descend
 from bench.problems import features
 from loft_fast import Moments, solve, solve_batch
 from loft_fast.objective import build_objective
-from loft_fast.ops import gram, inverse_form, reference
+from loft_fast.ops import eigh, gram, inverse_form, reference
 
 
 @pytest.mark.parametrize(("dim", "rank"), [(512, 250), (768, 250), (2048, 500)])
@@ -76,3 +76,21 @@ def test_products(benchmark):
     assert error < 1e-6
     rivals = {"torch X.T @ Y": Rival(lambda: torch.bmm(x.mT, y))}
     compete(benchmark, f"X^T Y in float32, {dim} x {dim} and {dim} x {rank}", lambda: gram(x, y), rivals, error, 25)
+
+
+@pytest.mark.parametrize(("many", "dim"), [(1, 768), (1, 2048), (64, 128)])
+def test_eigenvectors(many, dim, benchmark):
+    rows = [features(3 * dim, dim, seed) for seed in range(many)]
+    matrix = torch.stack([Moments(dim).update(part).covariance().float() for part in rows])
+
+    def error(found):
+        values, vectors = (part.double() for part in found)
+        exact = matrix.double()
+        return float((exact @ vectors - vectors * values.unsqueeze(1)).norm() / exact.norm())
+
+    own = error(eigh(matrix))
+    assert own < 2e-6
+    assert own < error(torch.linalg.eigh(matrix))
+    rivals = {"torch.linalg.eigh (LAPACK)": Rival(lambda: torch.linalg.eigh(matrix))}
+    case = f"eigenvectors in float32, d = {dim}" + (f", {many} of them" if many > 1 else "")
+    compete(benchmark, case, lambda: eigh(matrix), rivals, own, 5)

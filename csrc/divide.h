@@ -68,6 +68,7 @@ template <int Bytes>
 class Divide {
     using Block = Panels<float, Bytes>;
     static constexpr int64_t kWidth = Block::width, kLeaf = 32;
+    static constexpr double kNothing = 6e-8;  // of the largest number: what float32 rounds it by
 
   public:
     // d: the diagonal; e: what is beside it, n numbers of which the last does not count. rows, spare: (n, n) in rows of
@@ -160,7 +161,7 @@ class Divide {
         }
         double* d = &d_[at(low)];
         for (int64_t i = 0; i < n; ++i) largest = std::max(largest, std::fabs(d[i]));
-        const double small = 8 * 6e-8 * largest;
+        const double small = kNothing * largest;
         std::vector<int64_t> order(at(n));
         std::iota(order.begin(), order.end(), 0);
         std::sort(order.begin(), order.end(), [&](int64_t i, int64_t j) { return d[i] < d[j]; });
