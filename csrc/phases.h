@@ -22,17 +22,18 @@ class Phases {
     // part(i) for the parts of this phase that fall to `me`; returns when all are done.
     template <typename Part>
     LOFT_INLINE void run(int64_t phase, int me, const Part& part) {
-        constexpr int64_t kPatience = 1 << 12;
+        constexpr int kPatience = 500;  // looks: about as long as it takes another thread to come from the phase before
         const int64_t wanted = phase * members_;
-        for (int i = me;; i = (i + 1) % members_) {
+        for (int turn = 0;; ++turn) {
+            auto& taken = taken_[static_cast<size_t>((me + turn) % members_)].number;
             int64_t before = phase - 1;
-            if (taken_[static_cast<size_t>(i)].number.compare_exchange_strong(before, phase)) {
-                part(i);
+            if (taken.load() == before && taken.compare_exchange_strong(before, phase)) {
+                part((me + turn) % members_);
                 done_.fetch_add(1);
             }
-            for (int64_t spins = 0; done_.load() < wanted && spins < kPatience; ++spins) pause();
+            for (int looks = 0; done_.load() < wanted && looks < kPatience;) ++looks;
             if (done_.load() >= wanted) return;
-            std::this_thread::yield();
+            if (turn >= members_) std::this_thread::yield();  // there may be more threads than cores
         }
     }
 
@@ -40,12 +41,6 @@ class Phases {
     struct alignas(64) Padded {
         std::atomic<int64_t> number{0};
     };
-
-    static LOFT_INLINE void pause() {
-#if LOFT_X86
-        __builtin_ia32_pause();
-#endif
-    }
 
     const int members_;
     std::vector<Padded> taken_;
