@@ -76,8 +76,7 @@ class Eigenproblem {
     }
 
     void reduce(double* diagonal, double* beside, double* tau) {
-        constexpr int64_t kSmall = 1 << 19;  // multiply-adds below which a thread costs more than it brings
-        const int64_t affordable = std::min(1 + n_ * n_ * n_ / 8 / kSmall, 1 + n_ / 64);
+        const int64_t affordable = std::min(1 + n_ * n_ * n_ / 8 / kWorthAThread, 1 + n_ / 64);
         const int members = static_cast<int>(std::min<int64_t>(threads_, affordable));
         Tridiagonal<Bytes> team(matrix_.get(), n_, reflectors_.get(), diagonal, beside, tau, members);
         std::deque<typename Tridiagonal<Bytes>::Scratch> scratch;

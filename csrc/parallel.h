@@ -8,6 +8,9 @@
 
 namespace loft_fast {
 
+// Multiply-adds below which a thread costs more than it brings.
+constexpr int64_t kWorthAThread = 1 << 19;
+
 // Run task() in up to `threads` threads at once, the caller's among them, and wait for all. There may be fewer.
 void in_parallel(int threads, const std::function<void()>& task);
 

@@ -15,10 +15,9 @@ namespace loft_fast {
 // enough, one after another by all threads. make(i): the team of problem i, which can neither be copied nor moved.
 template <int Bytes, typename Make>
 void run_teams(int64_t many, int64_t size, int threads, const Make& make) {
-    constexpr int64_t kSmall = 1 << 19;  // multiply-adds below which a thread costs more than it brings
     using Team = decltype(make(0));
     const bool alone = many >= threads;
-    const auto affordable = static_cast<int>(std::min<int64_t>(threads, 1 + (alone ? many : 1) * size / kSmall));
+    const auto affordable = static_cast<int>(std::min<int64_t>(threads, 1 + (alone ? many : 1) * size / kWorthAThread));
     if (alone) {
         std::atomic<int64_t> next{0};
         return in_parallel(affordable, [&] {

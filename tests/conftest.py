@@ -43,6 +43,15 @@ def use(monkeypatch):
     return ask
 
 
+@pytest.fixture(params=[1, 2, 3])
+def threads(request):
+    """So many threads for torch and the kernels."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 def normal(*shape, mean=0.0, std=1.0, seed=0, dtype=torch.float64):
     """Normal rows with correlated columns, the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)

@@ -18,14 +18,6 @@ def problems(count, dim, seed=0):
     return sets
 
 
-@pytest.fixture(params=[1, 3])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize(("count", "dim", "rank"), [(1, 40, 10), (7, 6, 2), (20, 40, 39), (5, 130, 1), (9, 130, 32)])
 @pytest.mark.parametrize("about", ["retain", "own"])
 def test_same_optima_as_one_by_one(count, dim, rank, about, threads):

@@ -67,14 +67,6 @@ def backend(request, monkeypatch):
     return request.param
 
 
-@pytest.fixture(params=[1, 2, 3])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
-
-
 def check(matrix, rounding=4e-6):
     """Values in order, vectors orthonormal, and both of the matrix, to the rounding of its largest number."""
     before = matrix.clone()

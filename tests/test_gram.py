@@ -30,14 +30,6 @@ def ask(monkeypatch):
     return ask
 
 
-@pytest.fixture(params=[1, 2, 3])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
-
-
 def close(found, want, dtype, terms):
     rounding = (terms + 1) ** 0.5 * (1e-6 if dtype == F32 else 1e-14)
     torch.testing.assert_close(found.double(), want, rtol=rounding, atol=rounding * float(want.abs().max() + 1))
