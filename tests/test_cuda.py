@@ -16,8 +16,8 @@ from conftest import normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loft_fast import InputError, backends
-from loft_fast.ops import eigh, reference
+from loft_fast import backends
+from loft_fast.ops import reference
 
 kernels = pytest.importorskip("loft_fast.kernels.cuda")
 SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
@@ -155,31 +155,6 @@ def test_bad_lengths_are_refused(emulated):
 
 
 # ---- the op and the build ----
-
-
-@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
-def test_op_is_torch_without_a_gpu(dtype):
-    matrix = symmetric(3, 5).to(dtype)
-    values, vectors = eigh(matrix)
-    assert backends.choose("eigh", "cpu", dtype) == "torch"
-    assert torch.equal(values, torch.linalg.eigh(matrix)[0])
-    torch.testing.assert_close(vectors @ torch.diag_embed(values) @ vectors.mT, matrix)
-    torch.library.opcheck(torch.ops.loft_fast.eigh.default, (matrix,))
-
-
-@pytest.mark.parametrize(
-    ("matrix", "message"),
-    [
-        ([[1.0]], "matrix: got list"),
-        (torch.zeros(3, 3), "matrix: got shape (3, 3)"),
-        (torch.zeros(1, 3, 4), "matrix: got shape (1, 3, 4)"),
-        (torch.zeros(1, 3, 3, dtype=torch.float16), "matrix: got torch.float16"),
-    ],
-)
-def test_wrong_argument_is_named(matrix, message):
-    with pytest.raises(InputError) as caught:
-        eigh(matrix)
-    assert str(caught.value).startswith(message)
 
 
 def test_what_was_never_measured_is_not_chosen():

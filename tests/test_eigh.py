@@ -133,6 +133,13 @@ def test_numbers_that_are_not_finite_do_not_pass_for_others(backend, bad):
     assert not values[1].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_op(backend, dtype):
+    native = backend == "native" and dtype == F32
+    assert backends.choose("eigh", "cpu", dtype) == ("native" if native else "torch")
+    torch.library.opcheck(torch.ops.loft_fast.eigh.default, (symmetric(5, 3).to(dtype),))
+
+
 @pytest.mark.parametrize("broken", [F32, F64], ids=str)
 def test_where_lapack_does_not_converge_in_float32(monkeypatch, broken):
     lapack = torch.linalg.eigh
@@ -155,7 +162,7 @@ def test_where_lapack_does_not_converge_in_float32(monkeypatch, broken):
 @pytest.mark.parametrize(
     ("matrix", "message"),
     [
-        (torch.ones(2, 3), r"matrix: got shape \(2, 3\)"),
+        (torch.ones(3, 3), r"matrix: got shape \(3, 3\)"),
         (torch.ones(1, 2, 3), r"matrix: got shape \(1, 2, 3\)"),
         (torch.ones(1, 2, 2, dtype=torch.float16), "matrix: got torch.float16"),
         ([[1.0]], "matrix: got list"),
