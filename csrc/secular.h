@@ -46,16 +46,12 @@ class Secular {
         const double gap = last ? span_ : d_[at(j + 1)] - d_[at(j)];
         double shift = d_[at(j)], low = 0, high = gap, x = gap / 2;
         Value found = value(shift, x);
-        if (!last) {
-            if (found.sum >= 0) {
-                high = x;
-            } else {  // nearer to the next d
-                shift = d_[at(j + 1)];
-                low = x = -gap / 2;
-                high = 0;
-            }
+        if (found.sum < 0 && !last) {  // nearer to the next d
+            shift = d_[at(j + 1)];
+            low = x = -gap / 2;
+            high = 0;
         } else {
-            (found.sum >= 0 ? high : low) = x;
+            (found.sum < 0 ? low : high) = x;
         }
         // The sum as its two nearest poles and a constant, with its value and slope; the last one with one pole.
         for (int step = 0; step < kSteps; ++step) {
@@ -111,8 +107,8 @@ class Secular {
     }
 
   private:
-    static constexpr int kSteps = 100;          // halving alone gets there
-    static constexpr double kClose = 1e-9;      // then the next step, the error of which is its square, is in vain
+    static constexpr int kSteps = 100;      // halving alone gets there
+    static constexpr double kClose = 1e-9;  // a step so small leaves an error of its square
 
     struct Value {
         double sum, slope;
