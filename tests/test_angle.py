@@ -160,7 +160,7 @@ def close(problem, gone):
 @pytest.mark.parametrize("gone", [[3], [0, 5, 9]])
 def test_where_outputs_are_closed_the_others_pay_next_to_nothing(gone):
     problem = Crowded()
-    problem_open, before, after = solved(problem, gone)
+    forgetting, before, after = solved(problem, gone)
     projection, _, _ = solved(problem, gone, close=True)
     assert after[0] < before[0] - 2
     rows, labels = problem.draw(2000, seed=2)
@@ -170,7 +170,7 @@ def test_where_outputs_are_closed_the_others_pay_next_to_nothing(gone):
     assert with_projection > alone - 1
     assert accuracy(head, projection(rows), labels, gone) == 0
     certificate = projection.certificate
-    assert certificate.angle < problem_open.certificate.angle
+    assert certificate.angle < forgetting.certificate.angle
     assert "cost the retain set at most half a point" in certificate.why
     assert certificate.predicted["retain accuracy"] == pytest.approx(with_projection, abs=1)
     assert certificate.predicted["forget accuracy"] == 0
