@@ -45,8 +45,7 @@ def check_solving(options: argparse.Namespace) -> None:
 def write_weights(path: Path, model: nn.Module, projection: Projection, closed: Sequence[int] = ()) -> None:
     """Fold the projection into the model, close these outputs, and write its state."""
     fold(model, projection)
-    if closed:
-        close_outputs(model, closed, projection.site)
+    close_outputs(model, closed, projection.site)
     files.write_tensors(path, "weights", unwrap(model).state_dict(), {"site": projection.site or ""})
 
 

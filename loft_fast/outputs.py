@@ -32,6 +32,8 @@ def close_outputs(model: nn.Module, outputs: Iterable[int], site: str | None = N
         SiteError, InputError: no such site, an index out of range, or no output would be left.
     """
     closed = sorted(set(outputs))
+    if not closed:
+        return
     place = find_site(model, site)
     weight = foldable(model, place)
     if place.side != "input":
@@ -41,8 +43,6 @@ def close_outputs(model: nn.Module, outputs: Iterable[int], site: str | None = N
         raise InputError(f"outputs: got {wrong[0]!r}, expected indices from 0 to {len(weight) - 1}")
     if len(closed) == len(weight):
         raise InputError(f"outputs: got all {len(weight)}, expected at least one to stay")
-    if not closed:
-        return
     bias = place.plain.bias
     rows = weight.detach().double()
     offsets = bias.detach().double() if isinstance(bias, Tensor) else rows.new_zeros(len(rows))

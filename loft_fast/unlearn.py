@@ -95,8 +95,7 @@ def unlearn(
     attached = None
     if fold:
         _fold(model, projection, str(place))
-        if closed:
-            close_outputs(model, closed, str(place))
+        close_outputs(model, closed, str(place))
     else:
         attached = attach(model, projection, str(place))
     clock.lap("fold" if fold else "attach")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_angle import Crowded
 
 from loft_fast import GroupedMoments, Projection, cli
 from loft_fast.demo import cache, digits, run
@@ -132,6 +133,17 @@ def test_fetch_then_forget(mine, capsys):
     torch.testing.assert_close(written(x), module.net()(x))
     torch.testing.assert_close(written(x)[:, 3], written(x)[:, :3].mean(1) - 20)
     assert forgotten["closed"] == [3]
+
+
+@pytest.mark.parametrize("weights", [[], ["--weights", "w.safetensors"]], ids=["projection", "weights"])
+def test_the_angle_is_for_closed_outputs_where_weights_are_written(mine, capsys, weights):
+    Crowded().moments.save("m.safetensors")
+    Path("crowded.py").write_text(
+        "import torch, test_angle\ndef net():\n    return torch.nn.Sequential(test_angle.Crowded().head)\n"
+    )
+    command = ["forget", "m.safetensors", "3", "--model", "crowded:net", "--out", "p.safetensors", *weights, "--json"]
+    assert cli.main(command) == 0
+    assert ("outputs are closed" in json.loads(capsys.readouterr().out)["certificate"]["why"]) == bool(weights)
 
 
 def test_forget_without_a_model_uses_what_it_is_told(mine, capsys):

@@ -60,10 +60,8 @@ HARD = {
 
 
 @pytest.fixture(params=["native", "torch"])
-def backend(request, monkeypatch):
-    if request.param not in backends.available():
-        pytest.skip(f"{request.param} is not available here")
-    monkeypatch.setenv(backends.VARIABLE, request.param)
+def backend(request, use):
+    use("eigh", request.param, F32)
     return request.param
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import normal
 
-from loft_fast import InputError, backends
+from loft_fast import InputError
 from loft_fast.ops import gram, inverse_form
 
 F64, F32 = torch.float64, torch.float32
@@ -20,16 +20,6 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture
-def ask(monkeypatch):
-    def ask(backend):
-        if backend not in backends.available():
-            pytest.skip(f"{backend} is not available here")
-        monkeypatch.setenv(backends.VARIABLE, backend)
-
-    return ask
-
-
 def close(found, want, dtype, terms):
     rounding = (terms + 1) ** 0.5 * (1e-6 if dtype == F32 else 1e-14)
     torch.testing.assert_close(found.double(), want, rtol=rounding, atol=rounding * float(want.abs().max() + 1))
@@ -39,8 +29,8 @@ def close(found, want, dtype, terms):
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_gram(ask, threads, backend, dtype, shape, layout):
-    ask(backend)
+def test_gram(use, threads, backend, dtype, shape, layout):
+    use("gram", backend, dtype)
     x = LAYOUTS[layout](normal(*shape).to(dtype))
     before = x.clone()
     found = gram(x)
@@ -56,8 +46,8 @@ def test_gram(ask, threads, backend, dtype, shape, layout):
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 @pytest.mark.parametrize("columns", [1, 11, 48, 60])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_gram_of_two(ask, threads, backend, dtype, columns, layout):
-    ask(backend)
+def test_gram_of_two(use, threads, backend, dtype, columns, layout):
+    use("gram", backend, dtype)
     for many, n, d in ((1, 300, 50), (4, 9, 1), (2, 33, 97), (1, 1100, 400)):
         x, y = LAYOUTS[layout](normal(many, n, d).to(dtype)), normal(many, n, columns, seed=1).to(dtype)
         close(gram(x, y), x.double().mT @ y.double(), dtype, n)
@@ -71,8 +61,8 @@ def positive(many, d, least=0.1):
 
 @each_backend
 @pytest.mark.parametrize(("many", "d", "s"), [(1, 1, 1), (0, 3, 2), (1, 24, 5), (2, 25, 24), (5, 40, 60), (1, 150, 49)])
-def test_inverse_form(ask, threads, backend, many, d, s):
-    ask(backend)
+def test_inverse_form(use, threads, backend, many, d, s):
+    use("inverse_form", backend, F64)
     matrix, border = positive(many, d), normal(many, d, s, seed=2)
     for one, other in ((matrix, border), (matrix.mT.contiguous().mT, border.mT.contiguous().mT)):
         found, fine = inverse_form(one, other)
@@ -85,8 +75,8 @@ def test_inverse_form(ask, threads, backend, many, d, s):
 @each_backend
 @pytest.mark.parametrize("place", [0, 30, 71])
 @pytest.mark.parametrize("pivot", [-1.0, float("nan"), float("inf"), 0.0])
-def test_what_is_not_positive_definite_is_told(ask, threads, backend, place, pivot):
-    ask(backend)
+def test_what_is_not_positive_definite_is_told(use, threads, backend, place, pivot):
+    use("inverse_form", backend, F64)
     matrix = torch.eye(72, dtype=F64).repeat(3, 1, 1)
     matrix[1, place, place] = pivot
     found, fine = inverse_form(matrix, normal(3, 72, 4))
@@ -97,9 +87,8 @@ def test_what_is_not_positive_definite_is_told(ask, threads, backend, place, piv
     torch.testing.assert_close(found[0], gram(normal(3, 72, 4)[:1])[0])
 
 
-@pytest.mark.skipif("native" not in backends.available(), reason="native is not available here")
-def test_threads_do_not_change_a_bit(monkeypatch):
-    monkeypatch.setenv(backends.VARIABLE, "native")
+def test_threads_do_not_change_a_bit(use):
+    use("gram", "native", F64)
     before, x = torch.get_num_threads(), normal(1, 300, 130)
     results = []
     try:

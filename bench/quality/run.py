@@ -125,7 +125,7 @@ def main() -> None:
     known = [] if options.again else store.read_runs(options.file)
     for data_name in options.data:
         data = load(data_name, options.cache)
-        done = {store.key(record) for record in known if record["version"] == data.version}
+        done = {store.key(record) for record in known if record.get("version") == data.version}
         for network in RECIPES[data_name]:
             if options.models and network not in options.models:
                 continue

@@ -32,11 +32,11 @@ def read_runs(path: Path = RUNS) -> list[Record]:
     return list(found.values())
 
 
-def versions(records: list[Record]) -> dict[str, set[str]]:
-    """Of what data: what is known of the data sets whose results are of several versions of it."""
-    found: dict[str, set[str]] = {}
+def versions(records: list[Record]) -> dict[str, set[str | None]]:
+    """The data sets that results are of several versions of, and which; None: of before versions were kept."""
+    found: dict[str, set[str | None]] = {}
     for record in records:
-        found.setdefault(record["data"], set()).add(record["version"])
+        found.setdefault(record["data"], set()).add(record.get("version"))
     return {name: known for name, known in found.items() if len(known) > 1}
 
 
