@@ -232,8 +232,10 @@ class _Gaussians:
         narrow = weight.float().T.expand(len(self.covariances), -1, -1)
         of_logits = ops.gram(narrow, ops.gram(self.covariances, narrow))
         values, vectors = (part.to(weight) for part in ops.eigh(of_logits))
-        spread = vectors * values.clamp_min(0).sqrt().unsqueeze(1)  # [groups, outputs, outputs]
-        logits = self.noise @ spread.mT + (self.means @ weight.T + bias).unsqueeze(1)  # [groups, draws, outputs]
+        # The symmetric root: the only one that does not depend on the signs and the order of eigenvectors, which would
+        # make other draws of the same noise at the next angle.
+        spread = (vectors * values.clamp_min(0).sqrt().unsqueeze(1)) @ vectors.mT  # [groups, outputs, outputs]
+        logits = self.noise @ spread + (self.means @ weight.T + bias).unsqueeze(1)  # [groups, draws, outputs]
         right = (logits.argmax(2) == self.labels.unsqueeze(1)).to(weight).mean(1)
         return 100 * float(right @ self.shares)
 
