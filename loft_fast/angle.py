@@ -1,7 +1,6 @@
 """How hard to push, from moments and head alone, with no data: predict accuracies, take the mildest that will do.
 
-Rows of each group are taken to be Gaussian with the group's mean and covariance, so the logits of a projected row are
-Gaussian too, with a mean and covariance as small as the number of outputs: those are what is drawn and counted.
+Rows of each group are taken to be Gaussian with the group's mean and covariance (`gaussians`).
 """
 
 from __future__ import annotations
@@ -12,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from loft_fast import ops
 from loft_fast.discriminant import linear_discriminant
 from loft_fast.errors import InputError
 from loft_fast.frontier import Frontier, Point
+from loft_fast.gaussians import Gaussians
 from loft_fast.grouped_moments import GroupedMoments
 from loft_fast.heads import linear_head, with_closed
 from loft_fast.moments import Moments
@@ -25,8 +24,6 @@ DEFAULT_ANGLE = 0.3
 
 _LADDER = [0.05 * 1.5**i for i in range(9)]  # 0.05 to 1.28 radians
 _TOLERANCE = 0.25  # points of predicted accuracy within which two angles count as equal
-_DRAWS = 8192  # Gaussian rows in all: a point of accuracy is then known to about a tenth
-_GROUPS = 48  # at most so many groups of a set are drawn from, evenly spread over the keys
 _ERASED_AUC = 0.62  # predicted AUC of a linear probe that counts as erased; true ones came out up to 0.06 higher
 _ERASE_COST = 1.0  # points of predicted retain accuracy that erasing may cost
 _CLOSED_COST = 0.5  # points that a projection may cost which is not what makes the head forget
@@ -97,10 +94,11 @@ class _Forecast:
             self.final_head = with_closed(*self.head, closed)
         self.forgets_anyway = len(closed) == len(gone)
         self.retain_total, self.forget_total = kept.total(), gone.total()
-        self.retain_rows, self.forget_rows = _Gaussians(kept, self.head[0]), _Gaussians(gone, self.head[0])
+        self.retain_rows, self.forget_rows = Gaussians(kept, outputs), Gaussians(gone, outputs)
         self.target = 0.0
         if any(key in kept for key in gone):
-            self.target = self.forget_rows.accuracy(*_discriminant(kept, self.head[0]))
+            weight, bias = _discriminant(kept, self.head[0])
+            (self.target,) = self.forget_rows.accuracies(weight, [bias])
         # Dropped coordinates are the same for every row, whatever value they are pinned at. The head was fitted around
         # the mean of all rows; pinned as far beyond the retain mean as that lies before it, they offset what the head
         # expects of forget rows. It matters when most of the data goes.
@@ -112,29 +110,30 @@ class _Forecast:
         """The prediction at one rung, at whichever centre is better (the plain one unless it is clearly worse)."""
         if index not in self.rungs:
             basis = self.frontier.rough_basis(_LADDER[index])
-            plain, pinned = self.centers
-            rung = self.predict(basis, plain)
-            if rung.cost > _TOLERANCE:  # costs are not negative: nothing could be clearly better otherwise
-                other = self.predict(basis, pinned)
-                rung = other if other.cost < rung.cost - _TOLERANCE else rung
-            self.rungs[index] = rung
+            plain, pinned = (
+                _Rung(100 - retain + abs(forget - self.target), basis, center, retain, forget)
+                for center, (retain, forget) in zip(
+                    self.centers, self.accuracies(self.head, basis, self.centers), strict=True
+                )
+            )
+            self.rungs[index] = pinned if pinned.cost < plain.cost - _TOLERANCE else plain
         return self.rungs[index]
-
-    def predict(self, basis: Tensor, center: Tensor) -> _Rung:
-        """What the head makes of rows projected onto this basis about this centre."""
-        retain, forget = self.accuracies(_projected(self.head, basis, center))
-        return _Rung(100 - retain + abs(forget - self.target), basis, center, retain, forget)
 
     def final(self, index: int) -> tuple[float, float]:
         """Retain and forget accuracy at one rung, with the outputs closed that will be."""
         rung = self.at(index)
         if self.final_head is self.head:
             return rung.retain, rung.forget
-        return self.accuracies(_projected(self.final_head, rung.basis, rung.center))
+        return self.accuracies(self.final_head, rung.basis, [rung.center])[0]
 
-    def accuracies(self, head: tuple[Tensor, Tensor]) -> tuple[float, float]:
-        """Of the retain and the forget rows, by a linear head that reads features as they are."""
-        return self.retain_rows.accuracy(*head), self.forget_rows.accuracy(*head)
+    def accuracies(
+        self, head: tuple[Tensor, Tensor], basis: Tensor, centers: list[Tensor]
+    ) -> list[tuple[float, float]]:
+        """What a head makes of retain and forget rows projected onto this basis about each of these centres."""
+        weight = (head[0] @ basis) @ basis.T
+        biases = [head[1] + (head[0] - weight) @ center for center in centers]
+        retain, forget = (rows.accuracies(weight, biases) for rows in (self.retain_rows, self.forget_rows))
+        return list(zip(retain, forget, strict=True))
 
     def mildest(self) -> Choice:
         """The mildest angle that will do."""
@@ -152,8 +151,9 @@ class _Forecast:
         """
         index = self.first()
         if self.forgets_anyway:
-            least = self.retain_rows.accuracy(*self.final_head) - _CLOSED_COST
-            while index and self.final(index)[0] < least:
+            weight, bias = self.final_head
+            (untouched,) = self.retain_rows.accuracies(weight, [bias])
+            while index and self.final(index)[0] < untouched - _CLOSED_COST:
                 index -= 1
         return index
 
@@ -208,42 +208,6 @@ class _Forecast:
         direction = torch.linalg.solve(spread, offset)
         z = float(direction @ offset) / math.sqrt(max(float(direction @ spread @ direction), 1e-300))
         return (1 + math.erf(z / math.sqrt(2))) / 2
-
-
-class _Gaussians:
-    """The groups of a set as Gaussians, and what share of each a linear head would give to its own group."""
-
-    def __init__(self, groups: GroupedMoments, weight: Tensor) -> None:
-        keys = groups.keys()
-        keys = keys[:: -(-len(keys) // _GROUPS)]
-        parts = [groups[key] for key in keys]
-        self.labels = weight.new_tensor([int(key) for key in keys], dtype=torch.int64)
-        self.shares = weight.new_tensor([part.count for part in parts])
-        self.shares /= self.shares.sum()
-        self.means = torch.stack([part.mean for part in parts]).to(weight)
-        # In float32: what is read off it is known to a tenth of a point.
-        self.covariances = torch.stack([part.second_moment(part.mean).float() for part in parts])
-        # The same noise for every group and angle: differences between angles are then differences, not noise.
-        shape = (max(128, _DRAWS // len(keys)), len(weight))
-        self.noise = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(weight)
-
-    def accuracy(self, weight: Tensor, bias: Tensor) -> float:
-        """Percent of rows expected to be classified as their group by argmax(weight z + bias)."""
-        narrow = weight.float().T.expand(len(self.covariances), -1, -1)
-        of_logits = ops.gram(narrow, ops.gram(self.covariances, narrow))
-        values, vectors = (part.to(weight) for part in ops.eigh(of_logits))
-        # The symmetric root: the only one that does not depend on the signs and the order of eigenvectors, which would
-        # make other draws of the same noise at the next angle.
-        spread = (vectors * values.clamp_min(0).sqrt().unsqueeze(1)) @ vectors.mT  # [groups, outputs, outputs]
-        logits = self.noise @ spread + (self.means @ weight.T + bias).unsqueeze(1)  # [groups, draws, outputs]
-        right = (logits.argmax(2) == self.labels.unsqueeze(1)).to(weight).mean(1)
-        return 100 * float(right @ self.shares)
-
-
-def _projected(head: tuple[Tensor, Tensor], basis: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
-    """The head that says of a row what this one says of its projection."""
-    weight = (head[0] @ basis) @ basis.T
-    return weight, head[1] + (head[0] - weight) @ center
 
 
 def _discriminant(groups: GroupedMoments, like: Tensor) -> tuple[Tensor, Tensor]:
