@@ -11,7 +11,7 @@ from loft_fast.grouped_moments import GroupedMoments
 _DRAWS = 8192  # Gaussian rows in all: a point of accuracy is then known to about a tenth
 _GROUPS = 48  # at most so many groups of a set are drawn from, evenly spread over the keys
 _HEADS = 6  # so many heads are usually asked about
-_JITTER = 1e-6  # of the mean variance, added to every direction: a covariance of few rows has directions without any
+_JITTER = 1e-5  # of the mean variance, added to every direction: a covariance of few rows has directions without any
 
 
 class Gaussians:
@@ -77,7 +77,11 @@ def features_are_cheaper(groups: int, draws: int, dim: int, outputs: int) -> boo
 
 
 def _root(covariance: Tensor) -> Tensor:
-    """A lower triangular square root, in float32; of the diagonal alone where rounding left no positive matrix."""
+    """A lower triangular square root, in float32; of the diagonal alone where no precision finds a positive matrix."""
     jitter = (_JITTER * covariance.trace() / len(covariance)).clamp_min(1e-30)
-    root, failed = torch.linalg.cholesky_ex(covariance + jitter * torch.eye(len(covariance)).to(covariance))
-    return (root if not failed else covariance.diagonal().clamp_min(0).sqrt().diag()).float()
+    covariance = covariance + jitter * torch.eye(len(covariance)).to(covariance)
+    for precision in (torch.float32, torch.float64):
+        root, failed = torch.linalg.cholesky_ex(covariance.to(precision))
+        if not failed:
+            return root.float()
+    return covariance.diagonal().clamp_min(0).sqrt().diag().float()
