@@ -77,7 +77,11 @@ def features_are_cheaper(groups: int, draws: int, dim: int, outputs: int) -> boo
 
 
 def _root(covariance: Tensor) -> Tensor:
-    """A lower triangular square root, in float32; of the variances alone where rounding left no positive matrix."""
+    """A lower triangular square root, in float32; of the variances alone where no precision finds a positive matrix."""
     jitter = (_JITTER * covariance.trace() / len(covariance)).clamp_min(1e-30)
-    root, failed = torch.linalg.cholesky_ex((covariance + jitter * torch.eye(len(covariance)).to(covariance)).float())
-    return root if not failed else covariance.diagonal().clamp_min(0).sqrt().diag().float()
+    covariance = covariance + jitter * torch.eye(len(covariance)).to(covariance)
+    for precision in (torch.float32, torch.float64):
+        root, failed = torch.linalg.cholesky_ex(covariance.to(precision))
+        if not failed:
+            return root.float()
+    return covariance.diagonal().clamp_min(0).sqrt().diag().float()

@@ -79,14 +79,12 @@ def test_a_root_of_a_covariance_of_any_rank(rank):
     torch.testing.assert_close(root.double() @ root.double().T, covariance, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("ratio", [1e3, 1e9])
-def test_a_root_where_one_direction_has_all_the_variance(ratio):
-    """Float32 finds it, thanks to the jitter."""
+def test_a_root_where_one_direction_has_all_the_variance():
+    """There float32 takes rounding for negative variance."""
     direction = torch.randn(300, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    covariance = ratio * direction @ direction.T
+    covariance = direction @ direction.T
     root = gaussians._root(covariance).double()
-    error = (root @ root.T - covariance).norm() / covariance.norm()
-    assert error < 1e-4
+    assert (root @ root.T - covariance).norm() < 1e-4 * covariance.norm()
 
 
 def test_a_root_of_what_rounding_made_indefinite():
