@@ -14,7 +14,9 @@ from loft_fast import files
 from loft_fast.cli_tools import check_solving, key_of, load_model, solving, write_weights
 from loft_fast.errors import InputError, MissingExtraError, StoreError
 from loft_fast.grouped_moments import GroupedMoments
+from loft_fast.sites import find_site
 from loft_fast.store import Entry, UnlearningStore
+from loft_fast.unlearn import predicting_head
 
 _LARGEST = 2**26  # bytes of a receipt; one of a request for a million rows has as many
 
@@ -73,6 +75,10 @@ def _forget(options: argparse.Namespace) -> tuple[Any, str]:
     model = None if options.model is None else load_model(options.model)
     with UnlearningStore(options.store) as store:
         retained = store.moments
+        head = None
+        if model is not None and options.weights is not None:
+            head = predicting_head(model, find_site(model, store.site), retained)
+        found = options.rank is None and options.min_retain_kept is None
         entry = store.forget(
             [key_of(text, lambda key: key in retained or store.forgot(key)) for text in options.keys],
             options.id,
@@ -80,15 +86,17 @@ def _forget(options: argparse.Namespace) -> tuple[Any, str]:
             rank=options.rank,
             about=options.about,
             erase=options.erase,
+            close=head is not None and found,
             min_retain_kept=options.min_retain_kept,
         )
         projection = store.projection
+        closed = [] if head is None else list(filter(store.forgot, range(head.out_features)))
     assert projection is not None
     if options.out is not None:
         projection.save(options.out)
     if options.weights is not None:
         assert model is not None
-        write_weights(options.weights, model, projection)
+        write_weights(options.weights, model, projection, closed)
     return asdict(entry), f"{_line(entry)}\n{projection.certificate}"
 
 

@@ -154,18 +154,20 @@ def outputs_gone(retain: Moments | GroupedMoments, forget: Moments | GroupedMome
     return gone
 
 
-def predicting_head(model: nn.Module, place: Site, *moments: Moments | GroupedMoments) -> nn.Module | None:
+def predicting_head(model: nn.Module, place: Site, *moments: Moments | GroupedMoments) -> nn.Linear | None:
     """The layer at the site, if it is the model's last and the groups are its outputs: it predicts their accuracy."""
-    outputs = getattr(place.plain, "out_features", 0)
-    fits = (
-        place.side == "input"
+    layer = place.plain
+    if (
+        isinstance(layer, nn.Linear)
+        and place.side == "input"
         and place.name == last_linear(model)  # the outputs of a hidden layer are no classes
-        and outputs > 1
+        and layer.out_features > 1
         and all(
-            isinstance(part, GroupedMoments) and all(isinstance(key, int) and 0 <= key < outputs for key in part)
+            isinstance(part, GroupedMoments)
+            and all(isinstance(key, int) and 0 <= key < layer.out_features for key in part)
             for part in moments
         )
-    )
-    if not fits:
-        log.info("the layer at the site does not score the groups: no angle or output can follow from them")
-    return place.plain if fits else None
+    ):
+        return layer
+    log.info("the layer at the site does not score the groups: no angle or output can follow from them")
+    return None

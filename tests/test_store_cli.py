@@ -88,6 +88,24 @@ def test_weights_with_the_projection_folded_in(store, capsys):
         assert float((weights["2.weight"].double() @ left).abs().max()) < 1e-5
 
 
+def test_weights_have_the_outputs_closed_of_all_that_was_forgotten(store, capsys):
+    """Of every request so far, and again when one is repeated."""
+    import mine as module
+
+    rows = torch.cat([x for x, _ in module.loader()])
+    for keys, gone in ((["2"], [2]), (["0"], [0, 2]), (["2"], [0, 2])):
+        found = run(
+            capsys, "store", "forget", "store", *keys, "--model", "mine:net", "--weights", "net.safetensors", "--json"
+        )
+        assert found["details"]["options"]["close"]
+        net = module.net()
+        net.load_state_dict(load_file("net.safetensors"))
+        said = net(rows).argmax(1).unique().tolist()
+        assert said
+        assert not set(said) & set(gone)
+        assert torch.equal(net[2].weight[gone[0]], net[2].weight[gone[-1]])
+
+
 def test_kept_forgotten_moments(store, capsys):
     run(capsys, "store", "init", "other", "moments.safetensors", "--keep-forgotten", "--min-rows", "50")
     run(capsys, "store", "forget", "other", "1", "--rank", "4")

@@ -97,8 +97,9 @@ def compare(kind: str, gone: list[int], seed: int) -> list[dict[str, object]]:
     for client, one_client in moments.items():
         (part if client in gone else whole).merge(one_client)
     ours = copy.deepcopy(original)
-    projection = loft.solve(whole, part, head=ours.fc)
+    projection = loft.solve(whole, part, head=ours.fc, close=True)
     loft.fold(ours, projection)
+    loft.close_outputs(ours, [digit for digit in part if digit not in whole])
     note("ours", ours, time.perf_counter() - begin, len(left) * len(projection.to_bytes()), stored)
     return rows
 
