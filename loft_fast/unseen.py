@@ -14,8 +14,9 @@ Forget rows that look like any retain rows to the discriminants are taken for a 
 make of the sample as a whole is chance, and as many are expected right as the validation rows speak for. Others are a
 kind of rows that a retrained model will not have met. Two things then change. What the network learnt of them helps the
 more the later one looks, and no retain row tells by how much: the earliest place counts where the discriminant does
-about as well as the model. And what the model is better than the discriminant by, it owes to rows of the same kind: as
-many of the forget rows are wrong as the discriminant gets wrong.
+about as well as the model, and as some hundred rows do not tell for certain which that is, each by the chance that it
+is. And what the model is better than the discriminant by, it owes to rows of the same kind: as many of the forget rows
+are wrong as the discriminant gets wrong.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ _AS_GOOD = 1.5  # points of cost: the standard error of an accuracy from some hu
 _OTHER = 1.63  # Kolmogorov's statistic above which two samples are of two kinds (1 in 100 of one kind are so far apart)
 _FOLD, _FOLD_ROWS = 5, 10_000  # every fifth of so many retain rows is left out of the fit, and fewer later on
 _TEMPERATURES = [10 ** (0.1 * i) for i in range(21)]
+_NEGLIGIBLE = 0.05  # chance
 _CERTAIN = 0.01  # a temperature that leaves one class
 _SHIFT = 0.3  # of random features, in standard deviations
 
@@ -59,8 +61,9 @@ class Unseen:
         log_probabilities: (n, classes) float32, in the order of the forget batches.
         accuracy: percent of forget rows expected to be right.
         validation: percent of validation rows that are right, by the model.
-        sites: where discriminants read, the best first: (site, percent of validation rows that are right, points by
-            which retain rows left out of its fit do better: what the model's having seen them is worth there).
+        sites: where discriminants read, the best first or in the order of the model: (site, percent of validation rows
+            that are right, points by which retain rows left out of its fit do better: what the model's having seen them
+            is worth there).
         rows, batches: how many retain rows and batches there were.
     """
 
@@ -108,10 +111,10 @@ def unseen(
         # Most of the work is for places that are no good. A loader may be sorted by class, though.
         if rows >= _LOOK_AFTER > rows - len(labels) and all(one.knows(held.labels) for one in candidates if one.count):
             fitted = _fit(candidates, held)
-            good = [*_best(fitted, _HOPELESS), _earliest(fitted, held)]
+            good = [*_best(fitted, _HOPELESS), *_early(fitted, held).parts]
             candidates = [one for one in candidates if any(one is other.source for other in good)]
     fitted = _fit(candidates, held)
-    voters, early = _Voters(_best(fitted, _AS_GOOD)), _Voters([_earliest(fitted, held)])
+    voters, early = _Voters(_best(fitted, _AS_GOOD)), _early(fitted, held)
     look_at = list({one.place: None for one in (*voters.parts, *early.parts)})
     seen = [_look(target, look_at, batch, "forget") for batch in forget]
     foretold, right, used = _foretell(voters, early, held, seen)
@@ -133,14 +136,29 @@ def _best(fitted: list[_Fitted], within: float) -> list[_Fitted]:
     return sorted((one for one in fitted if one.cost <= least + within), key=lambda one: one.cost)
 
 
-def _earliest(fitted: list[_Fitted], held: _Held) -> _Fitted:
-    """The first that does about as well as the model, and on rows that the model saw no better; else the best."""
-    enough = _percent(held.right) - _AS_GOOD
+def _early(fitted: list[_Fitted], held: _Held) -> _Voters:
+    """The first that does about as well as the model, and on rows that the model saw no better; else the best.
+
+    Which that is, some hundred rows cannot tell for certain: each counts by the probability that it is the one.
+    """
+    right, rows = _percent(held.right), len(held.labels)
+    chances, left = list[float](), 1.0
     for one in fitted:
-        doubt = 3 * (one.accuracy * (100 - one.accuracy) / len(held.labels)) ** 0.5  # three standard errors
-        if one.contamination <= doubt and one.accuracy + one.contamination >= enough:
-            return one
-    return _best(fitted, 0.0)[0]
+        chance = 0.0
+        if one.contamination <= 3 * _standard_error(one.accuracy, rows):
+            reached = one.accuracy + one.contamination
+            error = math.hypot(_standard_error(reached, len(one.left_out)), _standard_error(right, rows))
+            chance = left * (1 + math.erf((reached - right + _AS_GOOD) / max(error, 1e-9) / 2**0.5)) / 2
+        chances.append(chance)
+        left -= chance
+    chances[fitted.index(_best(fitted, 0.0)[0])] += left
+    likely = [i for i, chance in enumerate(chances) if chance > _NEGLIGIBLE]
+    return _Voters([fitted[i] for i in likely], [chances[i] for i in likely])
+
+
+def _standard_error(percent: float, rows: int) -> float:
+    """Of a percentage that was counted among so many rows."""
+    return (percent * (100 - percent) / rows) ** 0.5
 
 
 def margins(logits: Tensor, labels: Tensor) -> Tensor:
@@ -164,7 +182,7 @@ def _foretell(
     if not seen:
         raise InputError("forget: it yielded no batches, expected at least one")
     labels, features = torch.cat([part[1] for part in seen]), [part[2] for part in seen]
-    ranks, others = voters.judge(labels, features)
+    ranks, others, _ = voters.judge(labels, features)
     wrong = 1 - float(held.right.double().mean())
     if _like_any(ranks, len(voters.sorted)):
         # Laplace's rule of succession: that three of two hundred are wrong may be luck.
@@ -173,9 +191,9 @@ def _foretell(
         ranks = _aligned(ranks, 1 - right, wrong)
     else:
         voters = early
-        ranks, others = voters.judge(labels, features)
-        right = float((ranks >= voters.parts[0].wrong).double().mean())
-        ranks = _aligned(ranks, voters.parts[0].wrong, wrong)
+        ranks, others, right = voters.judge(labels, features)
+        least = round((1 - right) * len(ranks))  # so many are wrong, and the next is right
+        ranks = _aligned(ranks, float(ranks.sort().values[least]) if least < len(ranks) else 1 + 1e-9, wrong)
     margin, temperature = held.margins.quantile(ranks.to(held.margins)), held.temperature(voters)
     wanted = round(right * len(labels))
     for flattest in [one for one in reversed(_TEMPERATURES) if one <= temperature]:
@@ -295,7 +313,7 @@ class _Held:
         Nearest in KL divergence, weighted by the probability that is spread, of those with which as many of these rows
         come out right as are, give or take one: the nearest of all would have more of them right.
         """
-        _, others = voters.judge(self.labels, [self.features])
+        _, others, _ = voters.judge(self.labels, [self.features])
         weight = (-self.margins).sigmoid()
         found = []
         for temperature in _TEMPERATURES:
@@ -389,18 +407,26 @@ class _Fitted:
 
 
 class _Voters:
-    """Discriminants that are about as good as each other: the mean of their ranks, ranked among the left-out rows."""
+    """Discriminants by weight, all alike if none is given: the mean of their ranks, ranked among the left-out rows."""
 
-    def __init__(self, parts: list[_Fitted]) -> None:
+    def __init__(self, parts: list[_Fitted], weights: list[float] | None = None) -> None:
         self.parts = parts
-        self.sorted = torch.stack([one.ranks(one.left_out) for one in parts]).mean(0).sort().values
+        chances = torch.tensor(weights or [1.0] * len(parts), dtype=torch.float64)
+        self.weights = (chances / chances.sum()).to(parts[0].sorted.device)
+        self.sorted = self._mean([one.ranks(one.left_out) for one in parts]).sort().values
 
-    def judge(self, labels: Tensor, features: list[dict[Site, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Ranks (n,) of the rows in [0, 1], and log-probabilities (n, classes) of the classes that are not theirs."""
-        votes, others = [], []
+    def judge(self, labels: Tensor, features: list[dict[Site, Tensor]]) -> tuple[Tensor, Tensor, float]:
+        """Ranks (n,) of the rows in [0, 1], log-probabilities (n, classes) of other classes, and the share right."""
+        votes, others, right = [], [], []
         for one in self.parts:
             scores = torch.cat([one.scores(batch[one.place]) for batch in features])
-            votes.append(one.ranks(_leads(scores, labels)))
+            leads = _leads(scores, labels)
+            votes.append(one.ranks(leads))
             others.append(_without(scores, labels))
-        ranks = torch.searchsorted(self.sorted, torch.stack(votes).mean(0)) / len(self.sorted)
-        return ranks, torch.stack(others).logsumexp(0) - math.log(len(others))
+            right.append((leads >= 0).double().mean())
+        ranks = torch.searchsorted(self.sorted, self._mean(votes)) / len(self.sorted)
+        mixed = (torch.stack(others) + self.weights.log().view(-1, 1, 1)).logsumexp(0)
+        return ranks, mixed, float(self._mean(right))
+
+    def _mean(self, values: list[Tensor]) -> Tensor:
+        return self.weights @ torch.stack(values).to(self.weights)

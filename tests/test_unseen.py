@@ -15,7 +15,7 @@ from loft_fast.sites import find_site
 from loft_fast.unseen import (
     WIDTH,
     _aligned,
-    _earliest,
+    _early,
     _flattened,
     _foretell,
     _Held,
@@ -154,17 +154,30 @@ def test_samples_are_told_from_other_kinds():
 @pytest.mark.parametrize(
     ("places", "wanted"),
     [
-        ([(90.0, 0.5), (96.0, 0.5), (97.0, 0.0)], 1),  # too weak; as good as the model, and first; better
-        ([(94.5, 1.7), (97.0, 0.0)], 0),  # rows left out, of which there are more, say that it is good enough
-        ([(93.0, 6.5), (97.0, 0.0)], 1),  # it knows rows that the model saw
-        ([(60.0, 1.0), (80.0, 0.5), (70.0, 0.0)], 1),  # none is as good as the model: the best
+        ([(90.0, 0.5), (99.0, 0.5), (97.0, 0.0)], [0, 1, 0]),  # too weak; as good as the model, and first; later
+        ([(93.0, 6.0), (97.0, 0.0)], [0, 1]),  # it knows rows that the model saw
+        ([(60.0, 1.0), (80.0, 0.5), (70.0, 0.0)], [0, 1, 0]),  # none is as good as the model: the best
+        ([(94.3, 1.7), (99.5, 0.0)], [0.5, 0.5]),  # just as good as has to be, or too weak by a little
+        ([(95.0, 1.0), (95.0, 1.0), (99.5, 0.0)], [0.5, 0.25, 0.25]),
+        ([(96.0, -1.7), (60.0, 0.0)], [1, 0]),  # too weak by a little, and the best that there is
     ],
 )
-def test_the_earliest_place_that_does_as_well_as_the_model(places, wanted):
+def test_the_earliest_place_that_does_as_well_as_the_model_by_chance(places, wanted):
     seen = _Held([(functional.one_hot(torch.arange(200) // 195, 2), torch.zeros(200, dtype=torch.int64), {})])
     assert seen.right.sum() == 195
-    fitted = [SimpleNamespace(accuracy=a, contamination=c, cost=max(0, c) - a) for a, c in places]
-    assert _earliest(fitted, seen) is fitted[wanted]
+    left_out = torch.rand(1000, dtype=torch.float64)
+    fitted = [
+        SimpleNamespace(accuracy=a, contamination=c, cost=max(0, c) - a, left_out=left_out, sorted=left_out)
+        for a, c in places
+    ]
+    for one in fitted:
+        one.ranks = lambda found: found
+    voters = _early(fitted, seen)
+    chances = [0.0] * len(places)
+    for one, weight in zip(voters.parts, voters.weights.tolist(), strict=True):
+        chances[next(i for i, other in enumerate(fitted) if other is one)] += weight
+    assert chances == pytest.approx(wanted, abs=0.05)
+    assert len(voters.parts) == sum(chance > 0 for chance in wanted)
 
 
 class Voters:
@@ -174,7 +187,7 @@ class Voters:
         self.others = others
 
     def judge(self, labels, features):
-        return torch.zeros(len(labels)), self.others
+        return torch.zeros(len(labels)), self.others, 0.0
 
 
 def held(n, classes, spread, seed):
@@ -221,7 +234,7 @@ def test_a_sample_comes_out_as_wrong_as_expected_where_discriminants_hardly_choo
 
         def judge(self, labels, features):
             spread = self.others if len(labels) == 300 else _without(torch.zeros(len(labels), 20).double(), labels)
-            return torch.rand(len(labels), generator=torch.Generator().manual_seed(4)), spread
+            return torch.rand(len(labels), generator=torch.Generator().manual_seed(4)), spread, 0.0
 
     voters = Even(even)
     found, accuracy, used = _foretell(voters, voters, rows, [(torch.zeros(300, 20), labels, {})])
