@@ -604,13 +604,15 @@ def without_costs(records):
 
 def test_forecasts_stand_beside_retrained_networks(tiny, capsys):
     tiny(forecasts, "--count", 2)
-    title, *lines = capsys.readouterr().out.splitlines()
-    assert title.split() == ["tiny,", "mlp", "rows", "expected", "retrained", "validation", "rows"]
+    title, *lines, last = capsys.readouterr().out.splitlines()
+    assert title.split() == ["tiny,", "mlp", "rows", "expected", "retrained", "error"]
     assert [line.split()[:2] for line in lines] == [[name, str(i)] for name in ("sub-group", "sample") for i in (1, 2)]
     for line in lines:
-        *_, rows, expected, retrained, _ = line.split()
+        *_, rows, expected, retrained, error = line.split()
         assert 30 <= int(rows) <= 100
-        assert abs(float(expected) - float(retrained)) < 25  # of at least 30 rows
+        assert abs(float(expected) - float(retrained)) <= float(error) + 0.2  # each of them is rounded
+        assert float(error) < 25  # of at least 30 rows
+    assert last.startswith("mean error: sub-groups ")
 
 
 @pytest.fixture(scope="module")
