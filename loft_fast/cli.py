@@ -14,7 +14,7 @@ from typing import Any
 import loft_fast
 from loft_fast import files
 from loft_fast.cli_store import add_store
-from loft_fast.cli_tools import check_solving, key_of, load, load_model, solving, write_weights
+from loft_fast.cli_tools import check_solving, finds_angle, key_of, load, load_model, solving, write_weights
 from loft_fast.demo.cache import default_folder
 from loft_fast.errors import LoftError
 from loft_fast.fetch import fetch_moments
@@ -163,7 +163,7 @@ def _forget(options: argparse.Namespace) -> tuple[Any, str]:
     keys = [key_of(text, moments.__contains__) for text in options.keys]
     model = None if options.model is None else load_model(options.model)
     kept, gone = moments.without(keys), moments.select(keys)
-    found = options.rank is None and options.min_retain_kept is None
+    found = finds_angle(options)
     head = None
     if model is not None and (found or options.weights):
         head = predicting_head(model, find_site(model, moments.site), kept, gone)

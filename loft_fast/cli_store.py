@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loft_fast import files
-from loft_fast.cli_tools import check_solving, key_of, load_model, solving, write_weights
+from loft_fast.cli_tools import check_solving, finds_angle, key_of, load_model, solving, write_weights
 from loft_fast.errors import InputError, MissingExtraError, StoreError
 from loft_fast.grouped_moments import GroupedMoments
 from loft_fast.sites import find_site
@@ -78,7 +78,6 @@ def _forget(options: argparse.Namespace) -> tuple[Any, str]:
         head = None
         if model is not None and options.weights is not None:
             head = predicting_head(model, find_site(model, store.site), retained)
-        found = options.rank is None and options.min_retain_kept is None
         entry = store.forget(
             [key_of(text, lambda key: key in retained or store.forgot(key)) for text in options.keys],
             options.id,
@@ -86,7 +85,7 @@ def _forget(options: argparse.Namespace) -> tuple[Any, str]:
             rank=options.rank,
             about=options.about,
             erase=options.erase,
-            close=head is not None and found,
+            close=head is not None and finds_angle(options),
             min_retain_kept=options.min_retain_kept,
         )
         projection = store.projection

@@ -42,6 +42,11 @@ def check_solving(options: argparse.Namespace) -> None:
             files.writable_folder(name, path.parent)
 
 
+def finds_angle(options: argparse.Namespace) -> bool:
+    """Whether a head, where there is one, is to find the angle."""
+    return options.rank is None and options.min_retain_kept is None
+
+
 def write_weights(path: Path, model: nn.Module, projection: Projection, closed: Sequence[int] = ()) -> None:
     """Fold the projection into the model, close these outputs, and write its state."""
     fold(model, projection)

@@ -47,10 +47,10 @@ class Gaussians:
 
     def accuracies(self, weight: Tensor, biases: list[Tensor]) -> list[float]:
         """For each bias, percent of rows expected to be classified as their group by argmax(weight z + bias)."""
-        draws = self._logits(weight.float())
+        draws, means = self._logits(weight.float()), self.means @ weight.T
         found = []
         for bias in biases:
-            offsets = self.means @ weight.T + bias
+            offsets = means + bias
             offsets = (offsets - offsets.amax(1, keepdim=True)).float()  # in float64 up to here: means may be large
             right = (draws + offsets.unsqueeze(1)).argmax(2) == self.labels.unsqueeze(1)
             found.append(100 * float(right.double().mean(1) @ self.shares))

@@ -48,7 +48,7 @@ _AS_GOOD = 1.5  # points of cost: the standard error of an accuracy from some hu
 _OTHER = 1.63  # Kolmogorov's statistic above which two samples are of two kinds (1 in 100 of one kind are so far apart)
 _FOLD, _FOLD_ROWS = 5, 10_000  # every fifth of so many retain rows is left out of the fit, and fewer later on
 _TEMPERATURES = [10 ** (0.1 * i) for i in range(21)]
-_NEGLIGIBLE = 0.05  # chance
+_NEGLIGIBLE = 0.05  # chance of being the earliest good place: others are not looked at
 _CERTAIN = 0.01  # a temperature that leaves one class
 _SHIFT = 0.3  # of random features, in standard deviations
 

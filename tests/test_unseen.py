@@ -23,6 +23,7 @@ from loft_fast.unseen import (
     _left_out,
     _like_any,
     _vectors,
+    _Voters,
     _without,
     margins,
 )
@@ -178,6 +179,29 @@ def test_the_earliest_place_that_does_as_well_as_the_model_by_chance(places, wan
         chances[next(i for i, other in enumerate(fitted) if other is one)] += weight
     assert chances == pytest.approx(wanted, abs=0.05)
     assert len(voters.parts) == sum(chance > 0 for chance in wanted)
+
+
+def test_voters_count_by_their_weight():
+    """Of two that take a row for different classes, the one that weighs three times as much counts three times."""
+
+    def part(scores):
+        known = torch.linspace(-1, 1, 101, dtype=torch.float64)
+        return SimpleNamespace(
+            place="here",
+            left_out=known,
+            sorted=known,
+            ranks=lambda found: torch.searchsorted(known, found) / 101,
+            scores=lambda features: torch.tensor(scores, dtype=torch.float64),
+        )
+
+    one, other = part([[0.0, 3.0, -30.0], [5.0, 0.0, 0.0]]), part([[0.0, -30.0, 3.0], [0.0, 0.5, 0.5]])
+    labels = torch.zeros(2, dtype=torch.int64)
+    ranks, others, right = _Voters([one, other], [3.0, 1.0]).judge(labels, [{"here": None}])
+    assert right == pytest.approx(0.75 / 2)  # the first of them gets one row of two right
+    torch.testing.assert_close(others[0].exp(), torch.tensor([0, 0.75, 0.25], dtype=torch.float64))
+    assert ranks[0] < ranks[1]
+    alone, _, _ = _Voters([one]).judge(labels, [{"here": None}])
+    assert ranks[1] < alone[1]
 
 
 class Voters:
