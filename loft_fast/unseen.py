@@ -3,8 +3,9 @@
 A linear discriminant on features from early in the model, fitted to the moments of the retain rows alone, has never
 seen the forget rows; the network in front of it has. How much that helps is known from rows of the retain set that the
 discriminant was not fitted to either, and how sure of itself the model is about rows it never saw, from validation
-rows. Ranks come from the discriminant, sureness from the model: a row that is among the hardest tenth for the one is
-given the confidence that the other has among the hardest tenth of what it has not seen.
+rows. The order comes from the discriminant, sureness from the model: a row that is among the hardest tenth for the one
+is given the confidence that the other has among the hardest tenth of what it has not seen, less a constant where fewer
+are expected to be right.
 
 Several layers are tried, with random ReLU features of what is there: what is hard for a linear function of the input is
 not what is hard for a network. A place is good if unseen rows are told apart there and those that the model saw look no
@@ -50,6 +51,7 @@ _FOLD, _FOLD_ROWS = 5, 10_000  # every fifth of so many retain rows is left out 
 _TEMPERATURES = [10 ** (0.1 * i) for i in range(21)]
 _NEGLIGIBLE = 0.05  # chance of being the earliest good place: others are not looked at
 _CERTAIN = 0.01  # a temperature that leaves one class
+_SUREST = 100.0  # margin of a row that is right, or wrong, beyond doubt
 _SHIFT = 0.3  # of random features, in standard deviations
 
 
@@ -183,18 +185,13 @@ def _foretell(
         raise InputError("forget: it yielded no batches, expected at least one")
     labels, features = torch.cat([part[1] for part in seen]), [part[2] for part in seen]
     ranks, others, _ = voters.judge(labels, features)
-    wrong = 1 - float(held.right.double().mean())
     if _like_any(ranks, len(voters.sorted)):
         # Laplace's rule of succession: that three of two hundred are wrong may be luck.
         right = (int(held.right.sum()) + 1) / (len(held.right) + 2)
-        ranks = (ranks.argsort(stable=True).argsort() + 0.5) / len(ranks)
-        ranks = _aligned(ranks, 1 - right, wrong)
     else:
         voters = early
         ranks, others, right = voters.judge(labels, features)
-        least = round((1 - right) * len(ranks))  # so many are wrong, and the next is right
-        ranks = _aligned(ranks, float(ranks.sort().values[least]) if least < len(ranks) else 1 + 1e-9, wrong)
-    margin, temperature = held.margins.quantile(ranks.to(held.margins)), held.temperature(voters)
+    margin, temperature = held.margins_by(ranks, right), held.temperature(voters)
     wanted = round(right * len(labels))
     for flattest in [one for one in reversed(_TEMPERATURES) if one <= temperature]:
         foretold = _joined(margin, _flattened(others, flattest), labels)
@@ -214,12 +211,6 @@ def _like_any(ranks: Tensor, known: int) -> bool:
     even = (torch.arange(len(ranks), device=ranks.device) + 0.5) / len(ranks)
     apart = float((ranks.sort().values - even).abs().max())
     return apart / (1 / len(ranks) + 1 / known) ** 0.5 < _OTHER
-
-
-def _aligned(ranks: Tensor, wrong: float, other: float) -> Tensor:
-    """Ranks among rows of which the share `wrong` is wrong, as ranks among rows of which the share `other` is."""
-    below = ranks * (other / max(wrong, 1e-30))
-    return torch.where(ranks < wrong, below, 1 - (1 - ranks) * ((1 - other) / max(1 - wrong, 1e-30)))
 
 
 def _joined(margins: Tensor, others: Tensor, labels: Tensor) -> Tensor:
@@ -304,8 +295,21 @@ class _Held:
         self.labels = torch.cat([part[1] for part in seen])
         logits = torch.cat([part[0] for part in seen])
         self.right = logits.argmax(1) == self.labels
-        self.margins, self.others = margins(logits, self.labels), _without(logits.double(), self.labels)
+        # An output that is closed makes a margin infinite.
+        self.margins = margins(logits, self.labels).clamp(-_SUREST, _SUREST)
+        self.others = _without(logits.double(), self.labels)
         self.features = {place: torch.cat([part[2][place] for part in seen]) for place in seen[0][2]}
+
+    def margins_by(self, ranks: Tensor, right: float) -> Tensor:
+        """Margins (n,) of rows in this order of which this share is to be right: as of the rows here, less a constant.
+
+        A kind of rows that a model has not met, it is less sure of: of the easy ones as much as of the hard ones.
+        """
+        order = (ranks.argsort(stable=True).argsort().to(self.margins) + 0.5) / len(ranks)
+        # Where rows begin to be right: below 0 where what is left is spread over several classes.
+        shares = torch.stack([self.right.double().mean(), self.margins.new_tensor(right)])
+        here, there = self.margins.quantile(1 - shares)
+        return self.margins.quantile(order) + here - there
 
     def temperature(self, voters: _Voters) -> float:
         """How much more evenly the model spreads over wrong classes than the discriminants do.

@@ -14,7 +14,6 @@ from loft_fast import InputError, SiteError, match_retrained, unseen
 from loft_fast.sites import find_site
 from loft_fast.unseen import (
     WIDTH,
-    _aligned,
     _early,
     _flattened,
     _foretell,
@@ -134,16 +133,6 @@ def test_rows_of_a_kind_that_is_not_retained_do_worse():
     assert [site for site, *_ in found.sites] == ["0:input"]
 
 
-@pytest.mark.parametrize(("wrong", "other"), [(0.25, 0.1), (0.1, 0.4), (0.0, 0.2), (0.3, 0.0), (1.0, 0.5)])
-def test_ranks_are_aligned_where_rows_begin_to_be_right(wrong, other):
-    ranks = torch.linspace(0, 1, 401, dtype=torch.float64)
-    found = _aligned(ranks, wrong, other)
-    assert bool((found.diff() >= 0).all())
-    assert float(found[-1]) == 1
-    assert bool((found[ranks < wrong] <= other).all())
-    assert bool((found[ranks >= wrong] >= other - 1e-12).all())
-
-
 def test_samples_are_told_from_other_kinds():
     draws = [torch.rand(300, generator=torch.Generator().manual_seed(seed)) for seed in range(200)]
     assert sum(not _like_any(ranks, 10_000) for ranks in draws) <= 6  # one in a hundred, give or take
@@ -220,6 +209,30 @@ def held(n, classes, spread, seed):
     labels = torch.randint(classes, (n,), generator=generator)
     logits = torch.randn(n, classes, generator=generator) + 1.5 * functional.one_hot(labels, classes)
     return _Held([(spread * logits, labels, {})])
+
+
+@pytest.mark.parametrize("right", [0.0, 0.2, 0.5, 0.9, 1.0])
+def test_rows_are_less_sure_by_a_constant_where_fewer_are_to_be_right(right):
+    rows = held(400, 20, 3.0, seed=5)
+    ranks = torch.rand(1000, generator=torch.Generator().manual_seed(6))
+    found = rows.margins_by(ranks, right)
+    assert torch.equal(found.argsort(), ranks.argsort())
+    lost = rows.margins.quantile((torch.arange(1000).double() + 0.5) / 1000) - found.sort().values
+    assert float(lost.max() - lost.min()) < 1e-9
+    begin = rows.margins.quantile(1 - rows.right.double().mean())
+    assert abs(int((found > begin).sum()) - 1000 * right) <= 1
+    torch.testing.assert_close(rows.margins_by(ranks**3, right), found)  # only the order counts
+
+
+def test_a_closed_output_is_no_obstacle():
+    """Rows of its class are wrong beyond doubt; without a bound their margins would make all others unknown."""
+    labels = torch.arange(90) % 3
+    logits = functional.one_hot(labels, 3) * torch.linspace(0.1, 3, 90).unsqueeze(1)
+    logits[:, 2] = -torch.inf
+    rows = _Held([(logits, labels, {})])
+    found = rows.margins_by(torch.rand(50, generator=torch.Generator().manual_seed(7)), 0.4)
+    assert found.isfinite().all()
+    assert float(found.min()) < -50
 
 
 @pytest.mark.parametrize("sharpness", [1.0, 8.0, 30.0])

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench.quality.data.data import Data
-from bench.quality.data.debian import sections
+from bench.quality.data.debian import sections, text
 from bench.quality.data.images import digits, fashion
 from bench.quality.data.typefaces import typefaces
 
@@ -12,6 +12,7 @@ DATA: dict[str, Callable[[Path], Data]] = {
     "mnist-5000": digits,
     "fashion-mnist": fashion,
     "debian-sections": sections,
+    "debian-text": text,
     "typefaces": typefaces,
 }
 

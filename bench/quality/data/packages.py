@@ -35,18 +35,18 @@ def available() -> list[Package]:
     return list({package.text: package for package in sorted(found, reverse=True)}.values())[::-1]
 
 
-def sample(seed: int = 0) -> list[Package]:
-    """The largest sections, at most `CAP` packages from each, drawn with `seed`."""
+def sample(sections: int = SECTIONS, cap: int = CAP, seed: int = 0) -> list[Package]:
+    """The largest sections, at most `cap` packages from each, drawn with `seed`."""
     by_section: defaultdict[str, list[Package]] = defaultdict(list)
     for package in available():
         by_section[package.section].append(package)
-    largest = sorted(by_section, key=lambda name: (-len(by_section[name]), name))[:SECTIONS]
+    largest = sorted(by_section, key=lambda name: (-len(by_section[name]), name))[:sections]
     draw = random.Random(seed)
-    return [package for name in sorted(largest) for package in _at_most(sorted(by_section[name]), draw)]
+    return [package for name in sorted(largest) for package in _at_most(cap, sorted(by_section[name]), draw)]
 
 
-def _at_most(packages: list[Package], draw: random.Random) -> list[Package]:
-    return packages if len(packages) <= CAP else draw.sample(packages, CAP)
+def _at_most(cap: int, packages: list[Package], draw: random.Random) -> list[Package]:
+    return packages if len(packages) <= cap else draw.sample(packages, cap)
 
 
 def _output(*command: str) -> str:
