@@ -11,8 +11,8 @@ Several layers are tried, with random ReLU features of what is there: what is ha
 not what is hard for a network. A place is good if unseen rows are told apart there and those that the model saw look no
 different. All places about as good as the best vote: a few hundred validation rows cannot tell which of them is best.
 
-Forget rows that look like any retain rows to the discriminants are taken for a random sample of such: what their votes
-make of the sample as a whole is chance, and as many are expected right as the validation rows speak for. Others are a
+Forget rows that look like any retain rows to the discriminants are taken for a random sample of such: as many are
+expected right as of the validation rows, but for what a sample's ranks have by chance over even ones. Others are a
 kind of rows that a retrained model will not have met. Two things then change. What the network learnt of them helps the
 more the later one looks, and no retain row tells by how much: the earliest place counts where the discriminant does
 about as well as the model, and as some hundred rows do not tell for certain which that is, each by the chance that it
@@ -37,6 +37,7 @@ from loft_fast import batches
 from loft_fast.discriminant import linear_discriminant
 from loft_fast.errors import InputError
 from loft_fast.evaluate import kl_divergence
+from loft_fast.logistic import logistic
 from loft_fast.moments import Moments
 from loft_fast.sites import Site, device_of, evaluating, find_site, unwrap
 
@@ -52,6 +53,7 @@ _TEMPERATURES = [10 ** (0.1 * i) for i in range(21)]
 _NEGLIGIBLE = 0.05  # chance of being the earliest good place: others are not looked at
 _CERTAIN = 0.01  # a temperature that leaves one class
 _SUREST = 100.0  # margin of a row that is right, or wrong, beyond doubt
+_EVEN = 1000  # ranks that stand for all
 _SHIFT = 0.3  # of random features, in standard deviations
 
 
@@ -186,8 +188,7 @@ def _foretell(
     labels, features = torch.cat([part[1] for part in seen]), [part[2] for part in seen]
     ranks, others, _ = voters.judge(labels, features)
     if _like_any(ranks, len(voters.sorted)):
-        # Laplace's rule of succession: that three of two hundred are wrong may be luck.
-        right = (int(held.right.sum()) + 1) / (len(held.right) + 2)
+        right = held.expected(voters, ranks)
     else:
         voters = early
         ranks, others, right = voters.judge(labels, features)
@@ -299,6 +300,20 @@ class _Held:
         self.margins = margins(logits, self.labels).clamp(-_SUREST, _SUREST)
         self.others = _without(logits.double(), self.labels)
         self.features = {place: torch.cat([part[2][place] for part in seen]) for place in seen[0][2]}
+
+    def expected(self, voters: _Voters, ranks: Tensor) -> float:
+        """Share of a random sample with these ranks (n,) that will be right.
+
+        It is that of the rows here, and more where the ranks of the sample are by chance better than even ones: by as
+        much as a logistic regression on ranks, fitted to the rows here, then expects.
+        """
+        known, _, _ = voters.judge(self.labels, [self.features])
+        # Laplace's rule of succession, one more of each: that three of two hundred are wrong may be luck.
+        known = torch.cat([known.to(self.margins), self.margins.new_full((2,), 0.5)])
+        right = torch.cat([self.right.to(known), known.new_tensor([0.0, 1.0])])
+        chance = logistic(known, right)
+        even = (torch.arange(_EVEN).to(known) + 0.5) / _EVEN
+        return float((right.mean() + chance(ranks.to(known)).mean() - chance(even).mean()).clamp(0, 1))
 
     def margins_by(self, ranks: Tensor, right: float) -> Tensor:
         """Margins (n,) of rows in this order of which this share is to be right: as of the rows here, less a constant.
