@@ -22,10 +22,9 @@ from bench.quality.tasks import Task, sub_groups
 from loft_fast import unseen
 
 FIRST = 10  # seed of the first original: the benchmark's own are smaller
-SHARE = 0.1  # of the training rows in a sample
 
 
-def tasks(data: Data, count: int) -> Iterator[tuple[int, Task]]:
+def tasks(data: Data, count: int, share: float) -> Iterator[tuple[int, Task]]:
     """(seed of the original, task): sub-groups smaller than the benchmark's, then random samples, `count` of each."""
     for i in range(count):
         chosen = torch.isin(data.group, sub_groups(data, 1 + i))
@@ -34,7 +33,7 @@ def tasks(data: Data, count: int) -> Iterator[tuple[int, Task]]:
     for i in range(count):
         chosen = torch.zeros(len(data.train), dtype=torch.bool)
         order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(1000 + i))
-        chosen[order[: round(SHARE * len(chosen))]] = True
+        chosen[order[: round(share * len(chosen))]] = True
         yield FIRST + i, Task(f"sample {1 + i}", (chosen,), None, ((),))
 
 
@@ -54,6 +53,7 @@ def main() -> None:
     parser.add_argument(
         "--orders", type=int, default=3, help="of the retain rows, which decide what is left out of fits"
     )
+    parser.add_argument("--share", type=float, default=0.1, help="of the training rows in a sample")
     parser.add_argument("--cache", type=Path, default=Path(".cache/quality"))
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
@@ -62,7 +62,7 @@ def main() -> None:
     for network, recipe in RECIPES[options.data].items():
         print(f"{options.data}, {network}    rows  expected retrained     error")
         errors: dict[str, list[float]] = {}
-        for seed, task in tasks(data, options.count):
+        for seed, task in tasks(data, options.count, options.share):
             case = prepare(recipe, data, task, seed, options.cache / "models")
             truth = accuracy(case.retrained.model, case.sets.forget_train)
             found = [forecast(case, order) for order in range(options.orders)]
