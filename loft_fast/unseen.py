@@ -321,10 +321,15 @@ class _Held:
         A kind of rows that a model has not met, it is less sure of: of the easy ones as much as of the hard ones.
         """
         order = (ranks.argsort(stable=True).argsort().to(self.margins) + 0.5) / len(ranks)
-        # Where rows begin to be right: below 0 where what is left is spread over several classes.
+        # Where rows begin to be right: below 0 where what is left is spread over several classes, never above.
         shares = torch.stack([self.right.double().mean(), self.margins.new_tensor(right)])
-        here, there = self.margins.quantile(1 - shares)
-        return self.margins.quantile(order) + here - there
+        here, there = self._quantile(1 - shares)
+        return self._quantile(order) + here.clamp_max(0) - there
+
+    def _quantile(self, order: Tensor) -> Tensor:
+        """Margins at these places in [0, 1] among all, each of n margins being at the middle of its n-th part."""
+        n = len(self.margins)
+        return self.margins.quantile(((order * n - 0.5) / max(1, n - 1)).clamp(0, 1))
 
     def temperature(self, voters: _Voters) -> float:
         """How much more evenly the model spreads over wrong classes than the discriminants do.

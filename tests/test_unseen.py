@@ -5,6 +5,7 @@ import math
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -248,11 +249,21 @@ def test_rows_are_less_sure_by_a_constant_where_fewer_are_to_be_right(right):
     ranks = torch.rand(1000, generator=torch.Generator().manual_seed(6))
     found = rows.margins_by(ranks, right)
     assert torch.equal(found.argsort(), ranks.argsort())
-    lost = rows.margins.quantile((torch.arange(1000).double() + 0.5) / 1000) - found.sort().values
-    assert float(lost.max() - lost.min()) < 1e-9
-    begin = rows.margins.quantile(1 - rows.right.double().mean())
-    assert abs(int((found > begin).sum()) - 1000 * right) <= 1
+    lost = np.quantile(rows.margins, (np.arange(1000) + 0.5) / 1000, method="hazen") - found.sort().values.numpy()
+    assert float(np.ptp(lost)) < 1e-9
+    begin = np.quantile(rows.margins, 1 - rows.right.double().mean(), method="hazen")
+    assert abs(int((found > min(begin, 0)).sum()) - 1000 * right) <= 1
     torch.testing.assert_close(rows.margins_by(ranks**3, right), found)  # only the order counts
+
+
+def test_where_few_are_wrong_as_few_of_a_sample_are():
+    """Between the last wrong and the first right margin is a gap: whoever falls into it above 0 would be right."""
+    lead = torch.linspace(2, 9, 200)
+    lead[[3, 50, 120, 170]] = torch.tensor([-0.1, -3.0, -1.0, -0.5])
+    logits = torch.stack([lead, torch.zeros(200)], 1)
+    rows = _Held([(logits, torch.zeros(200, dtype=torch.long), {})])
+    found = rows.margins_by(torch.rand(1000, generator=torch.Generator().manual_seed(10)), 0.98)
+    assert int((found < 0).sum()) == 20
 
 
 def test_a_closed_output_is_no_obstacle():
