@@ -225,7 +225,7 @@ class Ranks(Voters):
 
 
 def test_a_sample_of_better_rows_by_chance_is_expected_to_do_better():
-    """Ranks of rows that are right are higher by a third on average: by as much as that tells, and no more."""
+    """Ranks of rows that are right tend to be higher: better by as much as that tells, and no more."""
     rows = held(2000, 4, 3.0, seed=8)
     share = float(rows.right.double().mean())
     noise = torch.rand(2000, generator=torch.Generator().manual_seed(9))
