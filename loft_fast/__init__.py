@@ -19,6 +19,7 @@ from loft_fast.errors import (
 from loft_fast.evaluate import Evaluation, evaluate
 from loft_fast.fetch import fetch_moments
 from loft_fast.grouped_moments import GroupedMoments
+from loft_fast.layers import Erased, erase_layers
 from loft_fast.match import match_retrained
 from loft_fast.moments import Moments
 from loft_fast.nested import solve_within
@@ -38,6 +39,7 @@ __all__ = [
     "Certificate",
     "Continual",
     "DistributedError",
+    "Erased",
     "Evaluation",
     "FederatedError",
     "FileFormatError",
@@ -55,6 +57,7 @@ __all__ = [
     "Unseen",
     "attach",
     "close_outputs",
+    "erase_layers",
     "evaluate",
     "fetch_moments",
     "fold",

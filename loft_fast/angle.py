@@ -6,7 +6,7 @@ Rows of each group are taken to be Gaussian with the group's mean and covariance
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from loft_fast.errors import InputError
 from loft_fast.frontier import Frontier, Point
 from loft_fast.gaussians import Gaussians
 from loft_fast.grouped_moments import GroupedMoments
-from loft_fast.heads import linear_head, with_closed
+from loft_fast.heads import linear_head, only_read, with_closed
 from loft_fast.moments import Moments
 
 DEFAULT_ANGLE = 0.3
@@ -31,9 +31,13 @@ _CLOSED_COST = 0.5  # points that a projection may cost which is not what makes 
 
 @dataclass(frozen=True)
 class Choice:
-    """A subspace, where its dropped coordinates are pinned, the reason, and the accuracies predicted (percent)."""
+    """A subspace, where its dropped coordinates are pinned, the reason, and the accuracies predicted (percent).
+
+    basis: what is kept of the subspace; all of it unless erasing, which keeps only what the open outputs tell apart.
+    """
 
     point: Point
+    basis: Tensor
     center: Tensor
     why: str
     predicted: dict[str, float]
@@ -184,8 +188,11 @@ class _Forecast:
             done = self.probe_auc(self.at(middle).basis) <= _ERASED_AUC or self.final(middle)[0] < least
             low, high = (low, middle) if done else (middle + 1, high)
         if self.final(high)[0] < least:
-            return self.choice(high - 1, "the strongest angle predicted to cost the retain set at most a point")
-        return self.choice(high, "the mildest angle at which a linear probe is predicted to be blind")
+            choice = self.choice(high - 1, "the strongest angle predicted to cost the retain set at most a point")
+        else:
+            choice = self.choice(high, "the mildest angle at which a linear probe is predicted to be blind")
+        read = only_read(choice.point.basis, self.final_head[0])
+        return replace(choice, basis=read, why=f"{choice.why}; what no output reads is dropped")
 
     def choice(self, index: int, why: str) -> Choice:
         """A rung, solved once more in float64."""
@@ -197,7 +204,8 @@ class _Forecast:
             "forget target": self.target,
             "probe AUC": self.probe_auc(rung.basis),
         }
-        return Choice(self.frontier.at(_LADDER[index]), rung.center, why, predicted)
+        point = self.frontier.at(_LADDER[index])
+        return Choice(point, point.basis, rung.center, why, predicted)
 
     def probe_auc(self, basis: Tensor) -> float:
         """AUC of the best linear probe between two Gaussians with the pooled retain and forget moments, projected."""

@@ -200,14 +200,7 @@ def _one_per_row(place: Site, caught: list[Tensor], mask: Tensor | None) -> Tens
     """Features (n, d) in float64 on the CPU: means over a row's (real) positions and over the module's calls."""
     if not caught:
         raise SiteError(f"site: {str(place)!r} is not reached in the forward pass")
-    means = []
-    for features in caught:
-        positions = place.channels_last(features).double().cpu().unsqueeze(1).flatten(1, -2)  # (n, t, d)
-        weight = torch.ones(positions.shape[:2], dtype=torch.float64)
-        if mask is not None and mask.shape == weight.shape:
-            weight = mask.cpu().bool().double()
-        means.append((weight.unsqueeze(1) @ positions).squeeze(1) / weight.sum(1, keepdim=True).clamp_min(1))
-    return torch.stack(means).mean(0)
+    return torch.stack([place.pooled(features.double().cpu(), mask) for features in caught]).mean(0)
 
 
 def _require_sklearn() -> None:

@@ -33,6 +33,8 @@ def fetch_moments(
     exact: float | bool | None = None,
     shard: bool | ProcessGroup = False,
     timeout: float = TIMEOUT,
+    *,
+    pool: bool = False,
 ) -> Moments | GroupedMoments:
     """Moments of the features at `site` over all batches.
 
@@ -56,6 +58,8 @@ def fetch_moments(
             DataLoader over a data set with indices a process loads its part only, whatever the order; other loaders
             have to yield the same batches everywhere, and every process takes some. `exact` has to be None or a number.
         timeout: seconds to wait for the slowest process at the end; models under FSDP wait at every batch.
+        pool: average over the positions of a row first, and count it once. Of maps and tokens, that is what tells one
+            row from another: most of the variance of single positions lies within the rows.
 
     Raises:
         SiteError: no such site, never reached, or not a float tensor.
@@ -66,14 +70,14 @@ def fetch_moments(
     if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
         raise InputError(f"loader: got {type(loader).__name__}, expected an iterable of batches")
     if shard is False:
-        result = _fetch(model, place, loader, group, device, progress, exact, None)
+        result = _fetch(model, place, loader, group, device, progress, exact, pool, None)
     else:
         if exact is True:
             raise InputError("exact: got True with shard, expected None or a number, the same in all processes")
         peers = Peers(None if shard is True else shard, timeout)
         try:
             share = share_of(loader, peers)
-            result = _fetch(model, place, share, group, device, progress and peers.rank == 0, exact, peers)
+            result = _fetch(model, place, share, group, device, progress and peers.rank == 0, exact, pool, peers)
         except BaseException as error:
             if not isinstance(error, DistributedError):  # who knows that another has failed need not tell
                 agree(peers, None, error)
@@ -106,6 +110,7 @@ def _fetch(
     device: torch.device | str | None,
     progress: bool,
     exact: float | bool | None,
+    pool: bool,
     peers: Peers | None,
 ) -> Moments | GroupedMoments | None:
     """Moments of what the loader yields, None if that is nothing; `peers` are those who do the rest."""
@@ -136,7 +141,7 @@ def _fetch(
                         kind = Moments if keys is None else GroupedMoments
                         result = kind(features.shape[place.channel_dim(features)], features.device, exact)
                     try:
-                        _add(result, place, features, keys, batches.attention_mask(batch))
+                        _add(result, place, features, keys, batches.attention_mask(batch), pool)
                     except InputError as error:
                         raise InputError(f"batch {index}: {error}") from error
     finally:
@@ -153,6 +158,7 @@ def _add(
     features: Tensor,
     keys: Tensor | list[Any] | None,
     mask: Tensor | None,
+    pool: bool,
 ) -> None:
     positions = place.channels_last(features)
     shape = positions.shape[:-1]
@@ -161,6 +167,10 @@ def _add(
         if mask.shape != shape:
             raise InputError(f"attention_mask: got shape {tuple(mask.shape)} for features of {tuple(shape)} positions")
         real = mask.to(positions.device).bool()
+    if pool:
+        positions = place.pooled(features, real)
+        shape, real = positions.shape[:-1], None if real is None else real.any(1)
+    if real is not None:
         positions = positions[real]
     if isinstance(result, Moments):
         result.update(positions)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from loft_fast.errors import InputError
 
+_SURE = 1e-6  # of the largest singular value: what float32 weights are sure of
 _BELOW = 20.0  # the mean logit of the other classes: at most 2e-9 of the probability of the likeliest
 
 
@@ -31,3 +32,14 @@ def with_closed(weight: Tensor, bias: Tensor, outputs: Sequence[int]) -> tuple[T
     weight[~stay] = weight[stay].mean(0)
     bias[~stay] = bias[stay].mean() - _BELOW
     return weight, bias
+
+
+def only_read(basis: Tensor, weight: Tensor) -> Tensor:
+    """The part of a subspace, (d, s) orthonormal to (d, r), in which these outputs (outputs, d) differ from each other.
+
+    Probabilities hang on differences of logits alone, so r is less than the number of outputs; but at least 1.
+    """
+    _, sizes, directions = torch.linalg.svd((weight - weight.mean(0)) @ basis, full_matrices=False)
+    read = sizes > _SURE * sizes[0]
+    read[0] = True
+    return basis @ directions[read].T

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from loft_fast import files
 from loft_fast.errors import FileFormatError, InputError
+from loft_fast.heads import linear_head, only_read
 from loft_fast.ops.project import project
+from loft_fast.state import lasting
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Certificate:
         relative_gap: (loss - lower_bound) / loss; 0 means proven optimal. Losses below 1e-9 count as 1e-9.
         retain_kept: share of the retain variance kept, tr(PA).
         forget_kept: share of the forget variance kept, tr(PB).
-        rank: dimension of the kept subspace.
+        rank: dimension of the optimal subspace; that of a projection that was trimmed is smaller.
         angle: the optimum is extreme for cos(angle) a - sin(angle) b; radians.
         eigen_solves: full symmetric eigendecompositions spent, or projectors by matrix products in their stead.
         seconds: wall time of `solve`.
@@ -123,6 +125,26 @@ class Projection(nn.Module):
     def matrix(self) -> Tensor:
         """P = U U^T, (d, d), in the dtype of the basis."""
         return self.basis @ self.basis.T
+
+    @lasting
+    def trim(self, head: nn.Module) -> Projection:
+        """The smallest projection after which `head` says the same: what no output reads goes, too.
+
+        That leaves fewer dimensions than there are outputs, closed ones not counted, and one at least. The certificate
+        remains that of the larger subspace.
+
+        Args:
+            head: the linear classifier that reads the features, before or after `fold` and `close_outputs`.
+
+        Raises:
+            InputError: it is not linear, or reads another dimension.
+        """
+        weight, _ = linear_head(head, self.dim, self.basis.device)
+        basis = only_read(self.basis.double(), weight).to(self.basis.dtype)
+        known = self.certificate
+        if known is not None:
+            known = replace(known, why=f"{known.why}; what no output reads is dropped")
+        return Projection(basis, self.center, known, self.site, check=False)
 
     def forward(self, z: Tensor) -> Tensor:
         """z: (..., d), any float dtype; returns the same shape and dtype."""

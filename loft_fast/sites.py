@@ -64,6 +64,14 @@ class Site:
         """The features with d as the last dimension: (n, d), (n, t, d), (n, h, w, c)."""
         return features.movedim(self.channel_dim(features), -1)
 
+    def pooled(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(n, d): means over the positions of a row; of tokens, over those that a mask (n, t) marks as real."""
+        positions = self.channels_last(features).unsqueeze(1).flatten(1, -2)
+        weight = positions.new_ones(positions.shape[:2])
+        if mask is not None and mask.shape == weight.shape:
+            weight = mask.to(weight.device).bool().to(weight.dtype)
+        return (weight.unsqueeze(1) @ positions).squeeze(1) / weight.sum(1, keepdim=True).clamp_min(1)
+
     def hook(self, see: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
         """Call `see` with the features in every forward pass; a tensor that it returns replaces them."""
         hook = _Hook(self, see)

@@ -79,7 +79,8 @@ def solve(
             centred, linear version.
         head: the linear classifier that reads the features; group keys are then its output indices.
         tolerance: relative gap to stop at.
-        erase: with `head`, ask for an angle at which a linear probe, too, no longer finds the forget rows.
+        erase: with `head`, ask for an angle at which a linear probe, too, no longer finds the forget rows; of what that
+            leaves, only the part that the head's open outputs read is kept, as by `Projection.trim`.
         close: with `head`, say that `close_outputs` will follow, for the classes of which nothing is retained. What is
             predicted is then of such a head, and as it forgets by itself, the angle may not cost the retain groups more
             than half a point.
@@ -125,6 +126,7 @@ def solve(
     frontier = Frontier(objective)
     goal: Goal = Distance(forget_weight or 1.0) if min_retain_kept is None else KeepRetain(min_retain_kept)
     text, predicted, center = str(goal), dict[str, float](), objective.center
+    basis: Tensor | None = None
 
     if max_loss is not None:
         best = _smallest_rank(frontier, goal, max_loss, tolerance)
@@ -140,6 +142,7 @@ def solve(
         elif head is not None:
             choice = choose_angle(frontier, retain, forget, head, erase, close)
             point, center, why, predicted = choice.point, choice.center, choice.why, choice.predicted
+            basis = choice.basis
         else:
             point = frontier.at(DEFAULT_ANGLE)
             why = "the fixed default, since no head was given to predict accuracies with"
@@ -150,7 +153,8 @@ def solve(
         most = frontier.at(0.0, rank).retain_kept
         raise InputError(f"min_retain_kept: got {min_retain_kept}, but rank {rank} keeps at most {most:.8g}")
     certificate = certify(best, text, why, frontier.eigen_solves, time.perf_counter() - began, predicted)
-    return Projection(best.point.basis.contiguous(), center, certificate, retain.site, check=False)
+    basis = best.point.basis if basis is None else basis
+    return Projection(basis.contiguous(), center, certificate, retain.site, check=False)
 
 
 def certify(

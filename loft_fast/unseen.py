@@ -265,11 +265,7 @@ def _vectors(place: Site, features: Tensor, mask: Tensor | None) -> Tensor:
         if features[0].numel() > WIDTH:
             features = functional.adaptive_avg_pool2d(features, side)
         return features.flatten(1).float().clone()
-    rows = place.channels_last(features).flatten(1, -2) if features.ndim > 2 else features.unsqueeze(1)
-    weight = torch.ones(rows.shape[:2], device=rows.device)
-    if mask is not None and mask.shape == weight.shape:
-        weight = mask.to(weight)
-    return (weight.unsqueeze(1) @ rows.float()).squeeze(1) / weight.sum(1, keepdim=True).clamp_min(1)
+    return place.pooled(features.float(), mask)
 
 
 def _places(model: nn.Module) -> list[Site]:

@@ -130,6 +130,24 @@ def test_erasing_blinds_a_linear_probe(forgotten):
     assert "probe" in erased.certificate.why
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("close", [False, True])
+def test_erasing_leaves_what_the_outputs_read(close):
+    problem = Classes()
+    erased, _, _ = solved(problem, [0, 4], erase=True, close=close)
+    outputs = len(problem.head.weight)
+    assert erased.rank == outputs - 1 - 2 * close
+    assert erased.certificate.rank > erased.rank
+    assert "what no output reads is dropped" in erased.certificate.why
+    if not close:
+        assert erased.trim(problem.head).rank == erased.rank
+
+
+def test_erasing_with_one_output_left_keeps_one_dimension():
+    erased, _, _ = solved(Classes(classes=2), [0], erase=True, close=True)
+    assert erased.rank == 1
+
+
 @pytest.mark.parametrize("erase", [False, True])
 def test_predicted_auc_is_that_of_a_probe(erase):
     problem = Classes()

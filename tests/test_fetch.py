@@ -122,6 +122,43 @@ def test_maps_count_every_position(site):
     assert_moments(fetch(model, loader, site), rows)
 
 
+@pytest.mark.parametrize("group", [None, "label"])
+@pytest.mark.parametrize("site", ["conv", "head", "act:input"])
+def test_pooled_maps_count_every_row_once(site, group):
+    model = build(Maps).double()
+    loader = [(x.double(), y) for x, y in batches_of(shape=(2, 4, 4))]
+    rows = map_features(model, loader, site).mean((2, 3))
+    found = fetch(model, loader, site, group, pool=True)
+    if group is None:
+        assert_moments(found, rows)
+    else:
+        assert_groups(found, rows, torch.cat([y for _, y in loader]).tolist())
+
+
+@pytest.mark.parametrize("group", [None, "label"])
+def test_pooled_tokens_count_those_that_are_real(group):
+    model, loader = build(Tokens).double(), texts()
+    for batch in loader:
+        batch["attention_mask"][0] = 0  # and a row without any does not count
+    rows, keys = [], []
+    for batch in loader:
+        hidden, real = token_features(model, batch)
+        rows += [one[mask].mean(0) for one, mask in zip(hidden[1:], real[1:], strict=True)]
+        keys += batch["labels"][1:].tolist()
+    found = fetch(model, loader, "mix:output", group, pool=True)
+    if group is None:
+        assert_moments(found, torch.stack(rows))
+    else:
+        assert_groups(found, torch.stack(rows), keys)
+
+
+def test_pooling_vectors_changes_nothing():
+    model, loader = build(Mlp), batches_of()
+    pooled, plain = (fetch(model, loader, "fc", pool=pool) for pool in (True, False))
+    assert pooled.count == plain.count
+    assert torch.equal(pooled.scatter, plain.scatter)
+
+
 def test_site_called_by_keyword():
     model = build(ByKeyword).double()
     x = torch.randn(7, 5, dtype=torch.float64)

@@ -13,7 +13,7 @@ from problems import make_problem
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from loft_fast import Certificate, FileFormatError, InputError, Projection, files, solve
+from loft_fast import Certificate, FileFormatError, InputError, Projection, close_outputs, files, fold, solve
 
 ROUNDING = {torch.float64: 1e-13, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 2e-1}
 
@@ -80,6 +80,70 @@ def test_far_center_costs_no_digits():
     z = projection.center + normal(5, 12, seed=3)
     step = projection(z) - projection.center
     torch.testing.assert_close(step, (z - projection.center) @ projection.matrix(), rtol=0, atol=1e-6)
+
+
+# ---- trimming ----
+
+
+def probabilities(head, projection, z):
+    return head(projection(z)).log_softmax(1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("outputs", "rank"), [(3, 2), (5, 4), (9, 5)])
+def test_trimmed_the_head_says_the_same(outputs, rank):
+    projection, head = make_projection(), nn.Linear(12, outputs).double()
+    trimmed = projection.trim(head)
+    assert trimmed.rank == rank  # of 5
+    inside = projection.matrix() @ trimmed.basis
+    torch.testing.assert_close(inside, trimmed.basis)
+    torch.testing.assert_close(trimmed.basis.T @ trimmed.basis, torch.eye(rank, dtype=torch.float64))
+    z = normal(20, 12)
+    torch.testing.assert_close(probabilities(head, trimmed, z), probabilities(head, projection, z))
+
+
+@torch.no_grad()
+def test_trimming_may_come_before_or_after_folding():
+    model, projection = nn.Sequential(nn.Linear(12, 4).double()), make_projection()
+    before = projection.trim(model[0])
+    fold(model, projection, "0")
+    torch.testing.assert_close(projection.trim(model[0]).matrix(), before.matrix(), atol=1e-9, rtol=0)
+
+
+@torch.no_grad()
+def test_closed_outputs_need_no_dimension():
+    model, projection, z = nn.Sequential(nn.Linear(12, 5)), make_projection(), normal(20, 12).float()
+    close_outputs(model, [1, 4])
+    trimmed = projection.trim(model[0])
+    assert trimmed.rank == 2
+    said, wanted = (probabilities(model[0], one, z) for one in (trimmed, projection))
+    torch.testing.assert_close(said, wanted, atol=1e-5, rtol=0)
+
+
+def test_a_trimmed_projection_says_so():
+    problem = make_problem("power law", 12)
+    projection = solve(*problem.moments, rank=6)
+    projection.site = "fc"
+    trimmed = projection.trim(nn.Linear(12, 3))
+    assert trimmed.site == "fc"
+    assert trimmed.certificate.why == f"{projection.certificate.why}; what no output reads is dropped"
+    assert make_projection().trim(nn.Linear(12, 3)).certificate is None
+
+
+def test_one_dimension_stays_where_the_outputs_read_none():
+    constant = nn.Linear(12, 3)
+    with torch.no_grad():
+        constant.weight.copy_(torch.ones(3, 1) @ constant.weight[:1])
+    assert make_projection().trim(constant).rank == 1
+
+
+@pytest.mark.parametrize("head", [nn.Linear(11, 3), nn.ReLU()])
+def test_other_heads_are_refused(head):
+    with pytest.raises(InputError, match="expected a linear head reading 12 features"):
+        make_projection().trim(head)
+
+
+# ---- arithmetic ----
 
 
 def test_input_is_not_changed_and_gradients_flow():

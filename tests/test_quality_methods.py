@@ -43,7 +43,7 @@ SETTINGS = {
     "closed outputs": {},
     "ours": {},
     "ours erase": {},
-    "ours blocks": {"angle": 0.2},
+    "ours blocks": {},
 }
 """Of the methods that forget a class of the small network, by settings from their grids with which they do."""
 OTHERS = {"original", "fine-tune", "scrub", "boundary expand", "ssd", "ours match"}
@@ -211,7 +211,7 @@ def test_counts_the_rows_looked_at(after, name, kind):
     assert (validation > 0) == ("validation" in needs)
     assert (retain > 0) == (needs != "nothing" and needs not in FORGET_ALONE)
     assert (forget > 0) == (needs not in ("nothing", "retain rows"))
-    passes = {"moments of the features": 1, "features of all rows": 1, "moments of the features of every block": 3}
+    passes = {"moments of the features": 1, "features of all rows": 1}
     if needs in passes:
         assert (retain, forget) == (passes[needs] * len(problem.retain), passes[needs] * len(problem.forget))
     assert (problem.prepared > 0) == needs.startswith("moments")

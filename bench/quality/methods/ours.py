@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 
 from bench.quality.methods.loft import moments
 from bench.quality.methods.method import Method, classes_only
 from bench.quality.networks import Chain, with_map
 from bench.quality.problem import Problem
-from loft_fast import GroupedMoments, Moments, Projection, close_outputs, fetch_moments, solve
+from loft_fast import Projection, close_outputs, erase_layers, fetch_moments, solve
+
+BATCH = 1000
+CHECKED = 4000  # retain rows that tell what a projection costs
 
 
 def run(problem: Problem) -> nn.Module:
@@ -24,20 +27,19 @@ def erase(problem: Problem) -> nn.Module:
     return _projected(problem, problem.copy(), _solved(problem, erase=True))
 
 
-def blocks(problem: Problem, *, angle: float) -> nn.Module:
-    """Before that, the features behind every earlier block are projected at this angle, one block after another.
-
-    Its own moments for every block, since a projection changes what comes after it.
-    """
+def blocks(problem: Problem) -> nn.Module:
+    """Before that, the features behind every earlier block lose what the retain rows can spare."""
     model = problem.copy().eval()
-    for index in range(len(model.blocks) - 1):
-        start = time.perf_counter()
-        parts = _moments(problem, model, f"blocks.{index}:output")
-        if index == 0:  # the others are taken behind projections that this request made
-            problem.prepared += time.perf_counter() - start
-        model.blocks[index] = nn.Sequential(model.blocks[index], Channels(solve(*parts, angle=angle)))
-    parts = _moments(problem, model, "fc")
-    return _projected(problem, model, solve(*parts, head=model.fc, close=True))
+    retain, forget, check = _Pairs(problem, "retain"), _Pairs(problem, "forget"), _Pairs(problem, "retain", CHECKED)
+    sites = [f"blocks.{index}:output" for index in range(len(model.blocks) - 1)]
+    for one in erase_layers(model, retain, forget, sites, check=check, progress=False):
+        one.attached.remove()
+        index = sites.index(one.site)
+        model.blocks[index] = nn.Sequential(model.blocks[index], Channels(one.projection))
+    parts = [fetch_moments(model, rows, "fc", "label", progress=False) for rows in (retain, forget)]
+    projection = solve(*parts, head=model.fc, close=True)
+    close_outputs(model, problem.gone, "fc")
+    return with_map(model, projection.trim(model.fc))
 
 
 def closed(problem: Problem) -> nn.Module:
@@ -56,13 +58,17 @@ def _projected(problem: Problem, model: Chain, projection: Projection) -> nn.Mod
     return with_map(model, projection)
 
 
-def _moments(problem: Problem, model: nn.Module, site: str) -> list[Moments | GroupedMoments]:
-    """Of the retain and the forget rows, by class."""
-    return [fetch_moments(model, _pairs(problem, part), site, "label", progress=False) for part in ("retain", "forget")]
+class _Pairs:
+    """Batches of rows and classes, as often as asked for: of all rows, or of so many, the same each time."""
 
+    def __init__(self, problem: Problem, part: str, most: int | None = None):
+        rows, self.touched, self.part = getattr(problem, part), problem.touched, part
+        self.rows = rows[torch.randperm(len(rows), generator=problem.generator)[:most]]
 
-def _pairs(problem: Problem, part: str) -> Iterator[tuple[Tensor, Tensor]]:
-    return ((rows.x, rows.y) for rows in problem.batches(part, size=1000))
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for x, y in zip(self.rows.x.split(BATCH), self.rows.y.split(BATCH), strict=True):
+            self.touched[self.part] += len(y)
+            yield x, y
 
 
 class Channels(nn.Module):
@@ -82,8 +88,7 @@ ERASE = Method(erase, "this package, erase=True", needs="moments of the features
 BLOCKS = Method(
     blocks,
     "this package, at every block",
-    needs="moments of the features of every block",
-    search={"angle": (0.2, 0.1, 0.3)},
+    needs="features of every block",
     random=False,
     cumulative=True,
     applies=classes_only,
