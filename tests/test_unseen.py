@@ -12,21 +12,10 @@ from torch import nn
 from torch.nn import functional
 
 from loft_fast import InputError, SiteError, match_retrained, unseen
+from loft_fast.confidence import Held, flattened, joined, margins
 from loft_fast.sites import find_site
-from loft_fast.unseen import (
-    WIDTH,
-    _early,
-    _flattened,
-    _foretell,
-    _Held,
-    _joined,
-    _left_out,
-    _like_any,
-    _vectors,
-    _Voters,
-    _without,
-    margins,
-)
+from loft_fast.unseen import _foretell, _like_any, _vectors
+from loft_fast.voters import WIDTH, Voters, _left_out, earliest, without
 
 CLASSES, WIDTH_IN, NOISE = 4, 12, 0.25
 BATCH = 100
@@ -159,7 +148,7 @@ def test_samples_are_told_from_other_kinds():
     ],
 )
 def test_the_earliest_place_that_does_as_well_as_the_model_by_chance(places, wanted):
-    seen = _Held([(functional.one_hot(torch.arange(200) // 195, 2), torch.zeros(200, dtype=torch.int64), {})])
+    seen = Held([(functional.one_hot(torch.arange(200) // 195, 2), torch.zeros(200, dtype=torch.int64), {})])
     assert seen.right.sum() == 195
     left_out = torch.rand(1000, dtype=torch.float64)
     fitted = [
@@ -168,7 +157,7 @@ def test_the_earliest_place_that_does_as_well_as_the_model_by_chance(places, wan
     ]
     for one in fitted:
         one.ranks = lambda found: found
-    voters = _early(fitted, seen)
+    voters = earliest(fitted, seen.right)
     chances = [0.0] * len(places)
     for one, weight in zip(voters.parts, voters.weights.tolist(), strict=True):
         chances[next(i for i, other in enumerate(fitted) if other is one)] += weight
@@ -191,15 +180,15 @@ def test_voters_count_by_their_weight():
 
     one, other = part([[0.0, 3.0, -30.0], [5.0, 0.0, 0.0]]), part([[0.0, -30.0, 3.0], [0.0, 0.5, 0.5]])
     labels = torch.zeros(2, dtype=torch.int64)
-    ranks, others, right = _Voters([one, other], [3.0, 1.0]).judge(labels, [{"here": None}])
+    ranks, others, right = Voters([one, other], [3.0, 1.0]).judge(labels, [{"here": None}])
     assert right == pytest.approx(0.75 / 2)  # the first of them gets one row of two right
     torch.testing.assert_close(others[0].exp(), torch.tensor([0, 0.75, 0.25], dtype=torch.float64))
     assert ranks[0] < ranks[1]
-    alone, _, _ = _Voters([one]).judge(labels, [{"here": None}])
+    alone, _, _ = Voters([one]).judge(labels, [{"here": None}])
     assert ranks[1] < alone[1]
 
 
-class Voters:
+class Said:
     """Discriminants that give these log-probabilities to the classes that are not a row's own."""
 
     def __init__(self, others):
@@ -214,10 +203,10 @@ def held(n, classes, spread, seed):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(classes, (n,), generator=generator)
     logits = torch.randn(n, classes, generator=generator) + 1.5 * functional.one_hot(labels, classes)
-    return _Held([(spread * logits, labels, {})])
+    return Held([(spread * logits, labels, {})])
 
 
-class Ranks(Voters):
+class Ranks(Said):
     """Discriminants that rank the rows like this."""
 
     def judge(self, labels, features):
@@ -261,7 +250,7 @@ def test_where_few_are_wrong_as_few_of_a_sample_are():
     lead = torch.linspace(2, 9, 200)
     lead[[3, 50, 120, 170]] = torch.tensor([-0.1, -3.0, -1.0, -0.5])
     logits = torch.stack([lead, torch.zeros(200)], 1)
-    rows = _Held([(logits, torch.zeros(200, dtype=torch.long), {})])
+    rows = Held([(logits, torch.zeros(200, dtype=torch.long), {})])
     found = rows.margins_by(torch.rand(1000, generator=torch.Generator().manual_seed(10)), 0.98)
     assert int((found < 0).sum()) == 20
 
@@ -271,7 +260,7 @@ def test_a_closed_output_is_no_obstacle():
     labels = torch.arange(90) % 3
     logits = functional.one_hot(labels, 3) * torch.linspace(0.1, 3, 90).unsqueeze(1)
     logits[:, 2] = -torch.inf
-    rows = _Held([(logits, labels, {})])
+    rows = Held([(logits, labels, {})])
     found = rows.margins_by(torch.rand(50, generator=torch.Generator().manual_seed(7)), 0.4)
     assert found.isfinite().all()
     assert float(found.min()) < -50
@@ -281,7 +270,7 @@ def test_a_closed_output_is_no_obstacle():
 def test_how_evenly_the_model_spreads_over_wrong_classes(sharpness):
     """Discriminants that are right, but this many times too sure."""
     rows = held(400, 20, 2.0, seed=0)
-    found = rows.temperature(Voters((sharpness * rows.others).log_softmax(1)))
+    found = rows.temperature(Said((sharpness * rows.others).log_softmax(1)))
     assert found == pytest.approx(sharpness, rel=0.13)  # half a step
 
 
@@ -289,13 +278,13 @@ def test_as_many_unseen_rows_come_out_right_as_are():
     """Discriminants that know nothing: nearest in KL would be to spread evenly, and most rows would look right."""
     rows = held(400, 20, 4.0, seed=1)
     noise = torch.randn(400, 20, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    others = _without(30 * noise, rows.labels)
+    others = without(30 * noise, rows.labels)
     share = rows.right.double().mean()
 
     def right(temperature):
-        return (_joined(rows.margins, _flattened(others, temperature), rows.labels).argmax(1) == rows.labels).double()
+        return (joined(rows.margins, flattened(others, temperature), rows.labels).argmax(1) == rows.labels).double()
 
-    found = rows.temperature(Voters(others))
+    found = rows.temperature(Said(others))
     assert abs(right(found).mean() - share) < 0.01
     assert right(100.0).mean() > share + 0.1
     assert found > 1
@@ -306,13 +295,13 @@ def test_a_sample_comes_out_as_wrong_as_expected_where_discriminants_hardly_choo
     rows = held(400, 20, 4.0, seed=1)
     labels = torch.arange(300) % 20
     noise = torch.randn(300, 20, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    even = _without(0.3 * noise, labels)
+    even = without(0.3 * noise, labels)
 
-    class Even(Voters):
+    class Even(Said):
         sorted = torch.rand(1000)
 
         def judge(self, labels, features):
-            spread = self.others if len(labels) == 300 else _without(torch.zeros(len(labels), 20).double(), labels)
+            spread = self.others if len(labels) == 300 else without(torch.zeros(len(labels), 20).double(), labels)
             return torch.rand(len(labels), generator=torch.Generator().manual_seed(4)), spread, 0.0
 
     voters = Even(even)
@@ -326,8 +315,8 @@ def test_a_sample_comes_out_as_wrong_as_expected_where_discriminants_hardly_choo
 
 def test_two_classes_leave_nothing_to_spread():
     rows = held(50, 2, 1.0, seed=3)
-    assert rows.temperature(Voters(rows.others)) == 1
-    assert torch.equal(_flattened(rows.others, 7.0), rows.others)
+    assert rows.temperature(Said(rows.others)) == 1
+    assert torch.equal(flattened(rows.others, 7.0), rows.others)
 
 
 def test_a_place_where_rows_are_known_by_heart_is_not_chosen(memorised):

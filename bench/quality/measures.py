@@ -16,8 +16,8 @@ from torch import Tensor
 from bench.quality.networks import Chain
 from bench.quality.originals import logits
 from bench.quality.problem import Rows, adam, cross_entropy, step
+from loft_fast.confidence import margins
 from loft_fast.evaluate import SETS, Outcome, kl_divergence, membership_inference, probe_auc
-from loft_fast.unseen import margins
 
 PROBE_ROWS = 1500  # a side and set: a probe on more finds the same
 RELEARN_STEPS, RELEARN_BATCH = 60, 64
