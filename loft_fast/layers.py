@@ -69,8 +69,8 @@ def erase_layers(
         retain, forget: loaders as for `fetch_moments`, passed over once for each site.
         sites: in the order of the forward pass, as for `fetch_moments`.
         cost: points of accuracy that all sites together may cost.
-        check: loader of (x, y) or dictionaries with labels over rows to keep, which tell the accuracy: passed over four
-            or five times for each site. Only classes that occur in it count as an answer. Default: `retain`.
+        check: loader of (x, y) or dictionaries with labels over rows to keep, which tell the accuracy: passed over five
+            times at most for each site. Only classes that occur in it count as an answer. Default: `retain`.
         fold: False attaches hooks that can be removed; True rewrites the layers for good, once all are solved.
         progress: show progress bars.
 
@@ -130,13 +130,16 @@ def _strongest(
         middle = (low + high) // 2
         projection = solve(retain, forget, angle=_LADDER[middle])
         projection.site = str(place)
+        if projection.rank == projection.dim:  # nothing is dropped, at this angle and below
+            low = middle + 1
+            continue
         with attach(model, projection):
             accuracy = _accuracy(model, rows)
         if accuracy >= least:
             best, low = (projection, accuracy), middle + 1
         else:
             high = middle
-    return None if best is None or best[0].rank == best[0].dim else best
+    return best
 
 
 def _accuracy(model: nn.Module, rows: Iterable[Any]) -> float:
