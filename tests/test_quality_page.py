@@ -8,7 +8,7 @@ import pytest
 from bench.quality import claims, page, store, tables
 from bench.quality.methods import METHODS, RETRAIN, RETRAIN_AGAIN
 from bench.quality.methods.method import Method
-from bench.quality.summary import against_best, against_target, overview, plain, summarise
+from bench.quality.summary import against_best, against_target, earlier, overview, plain, summarise
 
 
 def run(method, task="one class", gap=0.0, original=0, seed=0, **more):
@@ -86,6 +86,31 @@ def test_probes_are_compared_with_a_network_of_the_same_original(runs):
     alone = [one for one in runs if (one["method"], one["original"]) != ("retrain", 1)]
     assert only(summarise(alone), "ours")["probe_excess"] == pytest.approx(0.3)
     assert only(summarise([one for one in runs if one["method"] != "retrain"]), "ours")["probe_excess"] is None
+
+
+def test_block_excess_is_the_worst_of_means(runs):
+    """Of two originals each has another worst block; the worst of the means is less."""
+    made = []
+    for original, found in enumerate([(0.9, 0.5), (0.5, 0.8)]):
+        for method, values in (("ours blocks", found), ("retrain", (0.5, 0.5)), ("original", (0.9, 0.9))):
+            seen = probes(*((value, 0.5) for value in values))
+            made.append(run(method, original=original, probes=seen, retain_test=80.0 + original))
+    rows = summarise(made)
+    blocks = only(rows, "ours blocks")
+    assert blocks["probe_excess"] == pytest.approx((0.4 + 0.3) / 2)
+    assert blocks["block_excess"] == pytest.approx(0.2)
+    titles, cells = tables.blocks_table(earlier(rows))
+    line = dict(zip(titles, cells[0], strict=True))
+    assert [line.pop(key) for key in ("data", "model", "task")] == ["mnist-5000", "cnn", "one class"]
+    assert line == {
+        "original": "+0.400",
+        "ours": "-",
+        "ours blocks": "+0.200",
+        "retrain again": "-",
+        "retain test: ours blocks": "80.50",
+        "retrained": "80.50",
+    }
+    assert tables.blocks_table(earlier(summarise(runs)))[1] == []  # it was not run
 
 
 def test_order(runs):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from bench.quality.methods import RETRAIN, RETRAIN_AGAIN
 from bench.quality.summary import PLACE, Row, against_best, against_target, short
 
 Table = tuple[list[str], list[list[str]]]
@@ -27,6 +28,19 @@ def overview_table(lines: Iterable[Row]) -> Table:
         ]
         for line in lines
     ]
+
+
+def blocks_table(lines: Iterable[dict[str, Row | None]]) -> Table:
+    """What probes find behind the blocks beyond what they find in the retrained network, and what that cost."""
+    methods = ("original", "ours", "ours blocks", RETRAIN_AGAIN)
+    titles = [*PLACE, *methods, "retain test: ours blocks", "retrained"]
+    cells = []
+    for line in lines:
+        place = next(row for row in line.values() if row)
+        found = [_number(line[name], "block_excess", "+.3f") for name in methods]
+        kept = [_number(line[name], "retain_test", ".2f") for name in ("ours blocks", RETRAIN)]
+        cells.append([*(place[key] for key in PLACE), *found, *kept])
+    return titles, cells
 
 
 def task_table(rows: list[Row]) -> Table:
@@ -73,12 +87,16 @@ def _gap(row: Row | None) -> str:
     return f"{row['gap_mean']:.2f} ± {row['gap_spread']:.2f}" if row else "-"
 
 
+def _number(row: Row | None, key: str, form: str) -> str:
+    return "-" if row is None or row[key] is None else f"{row[key]:{form}}"
+
+
 def _numbers(rows: list[Row], key: str, form: str) -> list[str]:
-    return ["-" if row[key] is None else f"{row[key]:{form}}" for row in rows]
+    return [_number(row, key, form) for row in rows]
 
 
 def _pair(row: Row, part: str) -> str:
-    retain, forget = (_numbers([row], f"{side}_{part}", ".2f")[0] for side in ("retain", "forget"))
+    retain, forget = (_number(row, f"{side}_{part}", ".2f") for side in ("retain", "forget"))
     return f"{retain} / {forget}" if forget != "-" else retain
 
 
