@@ -27,6 +27,7 @@ HUES = {**COLORS, "ours match": COLORS["ours"], "ours blocks": COLORS["ours"], R
 TITLES = {"class": "Classes to forget", "rows": "Rows to forget"}
 SCATTERED = {"class": "several classes", "rows": "random 10%"}
 DPI = 130
+CROWDED = 1e4  # from end to end of an axis: numbers between the powers of ten would overlap
 NEAR = 10  # points: a name this near to its dot needs no line
 DETOUR = 25  # points further off that a name goes for its line not to cross a dot or another name
 
@@ -125,8 +126,9 @@ def _cloud(axes: Axes, rows: list[Row]) -> None:
     axes.set_title("{data}, {model}: {task} (dotted: the target)".format(**rows[0]), fontsize=11, color=INK)
     axes.minorticks_off()
     axes.margins(0.14, 0.1)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+        between = (2, 5) if high / low < CROWDED else ()
+        axis.set_major_locator(LogLocator(subs=(1, *between)))
         axis.set_major_formatter("{x:g}")
     axes.grid(color="#e8ecf0", lw=0.8)
     axes.tick_params(colors=INK, labelsize=9)
