@@ -65,8 +65,12 @@ class Site:
         return features.movedim(self.channel_dim(features), -1)
 
     def pooled(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(n, d): means over the positions of a row; of tokens, over those that a mask (n, t) marks as real."""
+        """(n, d): means over the positions of a row; of tokens, over those that a mask (n, t) marks as real.
+
+        In float32 at least: 16 bits cannot count the positions.
+        """
         positions = self.channels_last(features).unsqueeze(1).flatten(1, -2)
+        positions = positions.float() if positions.element_size() == 2 else positions
         weight = positions.new_ones(positions.shape[:2])
         if mask is not None and mask.shape == weight.shape:
             weight = mask.to(weight.device).bool().to(weight.dtype)

@@ -129,6 +129,25 @@ def test_check_refuses(features, got):
         Site("fc", "output", nn.Linear(3, 2)).check(features)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("shape", "over"), [((4, 5), None), ((4, 700, 5), 1), ((4, 5, 26, 27), (2, 3))])
+def test_pooled_features_are_means_over_positions(dtype, shape, over):
+    """Seven hundred positions are more than 16 bits can count."""
+    features = (100 + torch.randn(shape, generator=torch.Generator().manual_seed(0))).to(dtype)
+    found = Site("", "output", nn.Identity()).pooled(features)
+    wanted = features.double() if over is None else features.double().mean(over)
+    assert found.dtype == (dtype if dtype.itemsize > 2 else torch.float32)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=0)
+
+
+def test_pooled_tokens_are_those_that_count():
+    features, mask = torch.randn(3, 4, 5), torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1], [0, 0, 0, 0]])
+    found = Site("", "output", nn.Identity()).pooled(features, mask)
+    torch.testing.assert_close(found[0], features[0, :2].mean(0))
+    torch.testing.assert_close(found[1], features[1, 1:].mean(0))
+    assert not found[2].any()
+
+
 @pytest.mark.parametrize(("model", "name"), [(nn.Sequential(nn.Linear(5, 3)), "0"), (ByKeyword(), "fc")])
 @pytest.mark.parametrize("side", ["input", "output"])
 def test_hook_sees_and_replaces(model, name, side):
