@@ -26,7 +26,8 @@ _LADDER = [0.05 * 1.5**i for i in range(9)]  # 0.05 to 1.28 radians
 _TOLERANCE = 0.25  # points of predicted accuracy within which two angles count as equal
 _ERASED_AUC = 0.62  # predicted AUC of a linear probe that counts as erased; true ones came out up to 0.06 higher
 _ERASE_COST = 1.0  # points of predicted retain accuracy that erasing may cost
-_CLOSED_COST = 0.5  # points that a projection may cost which is not what makes the head forget
+_CLOSED_COST = 0.1  # points that a projection may cost which is not what makes the head forget
+_ERASING_FROM = 0.5  # and that the one may cost from which on a search for an erasing one begins
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def choose_angle(
     A group that retain does not have is forgotten at accuracy 0. A group of which retain has other rows is forgotten
     when its accuracy falls to what a linear discriminant refitted on the retain moments alone would reach.
     With `close`, the outputs of the former will be closed: they are forgotten at any angle, and the angle ends where it
-    costs the retain groups more than half a point. With `erase`, the mildest angle from there on at which a linear
+    costs the retain groups more than a tenth of a point. With `erase`, the mildest angle from there on at which a linear
     probe is predicted to be blind as well.
 
     Raises:
@@ -141,14 +142,14 @@ class _Forecast:
 
     def mildest(self) -> Choice:
         """The mildest angle that will do."""
-        index = self.affordable()
+        index = self.affordable(_CLOSED_COST)
         if index < self.first():
-            why = "the strongest angle predicted to cost the retain set at most half a point; outputs are closed"
+            why = "the strongest angle predicted to cost the retain set at most a tenth of a point; outputs are closed"
             return self.choice(index, why)
         return self.choice(index, "the mildest angle predicted to forget, from moments and head, with a margin")
 
-    def affordable(self) -> int:
-        """The first rung that will do, or where outputs are closed, the last one up to it that costs next to nothing.
+    def affordable(self, cost: float) -> int:
+        """The first rung that will do, or where outputs are closed, the last one up to it that costs no more than this.
 
         A head with closed outputs forgets by itself. The projection then takes out of the features what the retain
         rows can spare, which is little where the classes crowd the dimensions.
@@ -157,7 +158,7 @@ class _Forecast:
         if self.forgets_anyway:
             weight, bias = self.final_head
             (untouched,) = self.retain_rows.accuracies(weight, [bias])
-            while index and self.final(index)[0] < untouched - _CLOSED_COST:
+            while index and self.final(index)[0] < untouched - cost:
                 index -= 1
         return index
 
@@ -181,7 +182,7 @@ class _Forecast:
 
     def erased(self) -> Choice:
         """The first rung that forgets and blinds a linear probe, or the last one after it that retain can afford."""
-        low, high = self.affordable(), len(_LADDER) - 1
+        low, high = self.affordable(_ERASING_FROM), len(_LADDER) - 1
         least = self.final(low)[0] - _ERASE_COST
         while low < high:
             middle = (low + high) // 2

@@ -83,7 +83,7 @@ def solve(
             leaves, only the part that the head's open outputs read is kept, as by `Projection.trim`.
         close: with `head`, say that `close_outputs` will follow, for the classes of which nothing is retained. What is
             predicted is then of such a head, and as it forgets by itself, the angle may not cost the retain groups more
-            than half a point.
+            than a tenth of a point.
         start: the solution of a like problem, such as the last one of several requests. A search for the optimum of a
             loss begins at its angle: it ends at the same optimum, within tolerance, and usually sooner.
 
