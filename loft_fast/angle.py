@@ -57,8 +57,8 @@ def choose_angle(
     A group that retain does not have is forgotten at accuracy 0. A group of which retain has other rows is forgotten
     when its accuracy falls to what a linear discriminant refitted on the retain moments alone would reach.
     With `close`, the outputs of the former will be closed: they are forgotten at any angle, and the angle ends where it
-    costs the retain groups more than a tenth of a point. With `erase`, the mildest angle from there on at which a linear
-    probe is predicted to be blind as well.
+    costs the retain groups more than a tenth of a point. With `erase`, the mildest angle at which a linear probe is
+    predicted to be blind as well, from half a point on.
 
     Raises:
         InputError: moments are not grouped, keys are not outputs of the head, or the head does not fit the features.
