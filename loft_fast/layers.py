@@ -79,7 +79,7 @@ def erase_layers(
 
     Raises:
         LoftError: bad arguments, and whatever `fetch_moments`, `solve` and `fold` refuse. The model is then as it was,
-            as it is after an interruption.
+            as it is after an interruption before the last site is solved.
     """
     if isinstance(sites, str) or not sites:
         raise InputError(f"sites: got {sites!r}, expected a list with at least one name")
