@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from bench.quality.execute import changed
 from bench.quality.layers import _attended, layer_inputs
-from bench.quality.methods import METHODS
+from bench.quality.methods import METHODS, collapse
 from bench.quality.methods.scrub import disagreement
 from bench.quality.networks import cnn, features, linear_map, resnet, vit, with_map
 from bench.quality.problem import Problem, Rows
@@ -34,6 +34,7 @@ SETTINGS = {
     "pgu": {"epochs": 20, "rate": 300.0, "kept": 0.9},
     "rbm": {"salient": 0.1, "epochs": 2, "rate": 0.3},
     "residual alignment": {"epochs": 2, "rate": 3.0, "rank": 8, "shift": 0.3},
+    "collapse": {"epochs": 20, "rate": 0.3, "temperature": 10.0, "weight": 1.5},
     "oracle matching": {"epochs": 4, "rate": 0.3, "share": 0.5},
     "esc": {"dropped": 0.03},
     "esc-t": {"epochs": 20, "rate": 100.0, "threshold": 0.7},
@@ -267,6 +268,23 @@ def test_disobeys_on_the_forget_rows_alone(make):
     assert forget > 0.5  # measured: 1.1 or 18
     assert forget > 3 * retain  # measured: 10 or 5 times
     assert accuracy(model, problem.retain) > 0.9
+
+
+def test_an_answer_that_is_not_the_first_is_kept():
+    chances = torch.tensor([[0.0, 1.0, 0.0], [0.5, 0.5, 0.0], [0.0, 0.5, 0.5]])
+    first, kept = torch.tensor([1, 1, 1]), torch.tensor([1, 1, 0])
+    drawn = [collapse.another(chances, first, kept, torch.Generator().manual_seed(seed)) for seed in range(200)]
+    assert {one[0].item() for one in drawn} == {1}  # nothing else is ever said
+    assert [one[1].item() for one in drawn].count(1) < 20  # all five draws: 1 of 32
+    assert {one[1].item() for one in drawn} == {0, 1}
+    assert {one[2].item() for one in drawn} == {0}  # was found before
+
+
+def test_collapse_does_not_look_at_labels(make):
+    problem = make("class")
+    other = make("class")
+    other.forget = Rows(other.forget.x, other.forget.y * 0)
+    assert same_bits(*(run("collapse", one, **SETTINGS["collapse"]) for one in (problem, other)))
 
 
 def test_expanding_drops_the_shadow_class(make):

@@ -3,6 +3,7 @@
 from bench.quality.methods import (
     bad_teacher,
     boundary,
+    collapse,
     delete,
     esc,
     fine_tune,
@@ -51,6 +52,7 @@ METHODS: dict[str, Method] = {
     "pgu": pgu.METHOD,
     "rbm": rbm.METHOD,
     "residual alignment": residual_alignment.METHOD,
+    "collapse": collapse.METHOD,
     "oracle matching": oracle_matching.METHOD,
     "esc": esc.METHOD,
     "esc-t": esc.TRAINED,
