@@ -1,9 +1,12 @@
 """A server and its clients on Flower's Message API: whatever clients do, the moments are those of who was accepted."""
 
+import copy
 import importlib
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,12 +18,14 @@ pytest.importorskip("flwr")
 from client_rows import DIM, EXACT, moments_of, rows
 from federation import FakeGrid
 from flwr.app import ConfigRecord, Error, Message
+from flwr.clientapp import ClientApp
 
 import loft_fast as loft
 from loft_fast import FederatedError, InputError, StoreError
-from loft_fast.federated import MomentsServer, messages
+from loft_fast.federated import MomentsServer, client_app, messages
 from loft_fast.plausible import implausible
 
+ROOT = Path(__file__).parents[1]
 QUICK = {"timeout": 0.3, "progress": False}
 
 
@@ -200,6 +205,37 @@ def test_the_projection_goes_back_to_the_clients_or_the_layer_it_was_folded_into
         for _, update in received:
             assert list(update) == ["fc.bias", "fc.weight"] or list(update) == ["fc.weight", "fc.bias"]
             torch.testing.assert_close(update["fc.weight"], model.fc.weight.detach(), rtol=0, atol=0)
+
+
+def test_the_program_of_the_documentation(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "scale.md").read_text()
+    apps = next(block for block in re.findall("```python\n(.*?)```", text, re.DOTALL) if "# server.py" in block)
+    client, server = apps.replace("dim=512", f"dim={DIM}").split("# server.py\n")
+    received = []
+    grid = FakeGrid(range(1, 65), receive=lambda _, update: received.append(update))
+    names = {"client_app": client_app, "fetch": lambda context, exact: None}
+    exec(client, names)
+    assert isinstance(names["app"], ClientApp)
+    model = nn.Sequential()
+    model.fc = nn.Linear(DIM, 10)
+    known = {
+        "MomentsServer": MomentsServer,
+        "loft": loft,
+        "grid": grid,
+        "model": model,
+        "head": copy.deepcopy(model.fc),
+    }
+    exec(server, known)
+    with known["server"] as found:
+        assert "17" not in found.clients
+        assert len(found.clients) == 63
+        kept = moments_of([client for client in range(1, 65) if client != 17], 20.0)
+        assert found.moments.keys() == [0, 1, 2, 4]
+        assert found.moments[0].digest() == kept[0].digest()
+    assert isinstance(received[0], loft.Projection)
+    torch.testing.assert_close(received[-1]["fc.weight"], model.fc.weight.detach(), rtol=0, atol=0)
+    assert set(model(torch.randn(500, DIM)).argmax(1).tolist()) == {0, 1, 2, 4}
 
 
 def test_names_instead_of_node_numbers(tmp_path):
