@@ -285,6 +285,8 @@ def test_collapse_does_not_look_at_labels(make):
     other = make("class")
     other.forget = Rows(other.forget.x, other.forget.y * 0)
     assert same_bits(*(run("collapse", one, **SETTINGS["collapse"]) for one in (problem, other)))
+    passes = 1 + SETTINGS["collapse"]["epochs"]
+    assert problem.touched["forget"] == passes * len(problem.forget)
 
 
 def test_expanding_drops_the_shadow_class(make):

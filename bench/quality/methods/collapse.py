@@ -28,6 +28,7 @@ def run(problem: Problem, *, epochs: int, rate: float, temperature: float, weigh
     rows = problem.forget
     with torch.no_grad():
         first = problem.original(rows.x).argmax(1)
+    problem.touched["forget"] += len(rows)
     kept = first.clone()
     for _ in range(epochs):
         order = torch.randperm(len(rows), generator=problem.generator)
