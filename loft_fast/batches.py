@@ -50,6 +50,36 @@ def labels(batch: Any) -> Any:
     return None
 
 
+def class_labels(batch: Any) -> Tensor | None:
+    """The labels as (n,) integers, from a tensor, an array or a list of them, (n,) or (n, 1); None if they are not."""
+    found = labels(batch)
+    if isinstance(found, list | tuple) and all(isinstance(label, int) for label in found):
+        found = torch.tensor(found, dtype=torch.int64)
+    elif hasattr(found, "__array__") and not isinstance(found, Tensor) and found.dtype.kind in "iu":
+        found = torch.as_tensor(found)
+    if not isinstance(found, Tensor) or found.is_floating_point() or found.is_complex():
+        return None
+    if found.ndim == 2 and found.shape[1] == 1:
+        found = found.squeeze(1)
+    return found.long() if found.ndim == 1 else None
+
+
+def classes(name: str, batch: Any, scores: Tensor) -> Tensor:
+    """The labels (n,) of a batch of the set `name`, if they are classes of these scores (n, classes)."""
+    found = class_labels(batch)
+    if found is None or scores.ndim != 2 or scores.shape[1] < 2 or len(found) != len(scores):
+        given = labels(batch)
+        got = f"{given.dtype} {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+        raise InputError(
+            f"{name}: got labels {got} and outputs {tuple(scores.shape)}, expected (n,) class indices and (n, classes)"
+        )
+    if bool(((found < 0) | (found >= scores.shape[1])).any()):
+        raise InputError(f"{name}: got labels outside of the model's {scores.shape[1]} outputs")
+    if bool((scores.isnan() | scores.isposinf()).any()):
+        raise InputError(f"{name}: the model's outputs hold NaN or Inf, expected finite ones")
+    return found.to(scores.device)
+
+
 def attention_mask(batch: Any) -> Tensor | None:
     """(n, t), nonzero where a token is real, if the batch has one."""
     inputs = batch[0] if isinstance(batch, list | tuple) else batch
@@ -68,13 +98,13 @@ def logits(output: Any) -> Tensor:
 def keys(batch: Any, output: Any, group: Group) -> Tensor | list[Any] | None:
     """The group keys of a batch, one per row or one per position.
 
-    group: "label"; "prediction" (argmax of the logits); "auto" (the label if each row has one, else the prediction if
-    each row has one, else None); another string or an integer indexes the batch; a callable gets the batch.
+    group: "label"; "prediction" (argmax of the logits); "auto" (the class label if each row has one; without labels
+    the prediction if each row has one; else None); another string or an integer indexes the batch; a callable gets
+    the batch.
     """
     if group == "auto":
-        found = labels(batch)
-        if isinstance(found, Tensor) and found.ndim == 1 and not found.is_floating_point():
-            return found
+        if isinstance(labels(batch), Tensor | list) or hasattr(labels(batch), "__array__"):
+            return class_labels(batch)  # of another kind, they say that the outputs are no classes
         scores = getattr(output, "logits", output)
         return scores.argmax(1) if isinstance(scores, Tensor) and scores.ndim == 2 else None
     if group == "label":

@@ -165,7 +165,7 @@ def observe(
             caught.clear()
             scores, batch = _scores(model, raw)
             mine.append(scores)
-            truth.append(_classes(name, batch, scores))
+            truth.append(batches.classes(name, batch, scores).cpu())
             if place is not None:
                 features.append(_one_per_row(place, caught, batches.attention_mask(batch)))
             if reference is not None:
@@ -180,20 +180,6 @@ def _scores(model: nn.Module, raw: Any) -> tuple[Tensor, Any]:
     target = unwrap(model)
     batch = batches.to_device(raw, device_of(target))
     return batches.logits(batches.call(target, batch)).double().log_softmax(1).cpu(), batch
-
-
-def _classes(name: str, batch: Any, scores: Tensor) -> Tensor:
-    """The labels (n,) of a batch, if they are classes of these scores (n, classes)."""
-    labels = batches.labels(batch)
-    if isinstance(labels, list) and all(isinstance(label, int) for label in labels):
-        labels = torch.tensor(labels)
-    fits = isinstance(labels, Tensor) and not labels.is_floating_point() and labels.shape == scores.shape[:1]
-    if not fits or scores.ndim != 2 or scores.shape[1] < 2 or bool(((labels < 0) | (labels >= scores.shape[1])).any()):
-        got = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
-        raise InputError(
-            f"{name}: got labels {got} and outputs {tuple(scores.shape)}, expected (n,) class indices and (n, classes)"
-        )
-    return labels.long().cpu()
 
 
 def _one_per_row(place: Site, caught: list[Tensor], mask: Tensor | None) -> Tensor:
@@ -221,7 +207,7 @@ def membership_inference(members: Tensor, others: Tensor, forgotten: Tensor) -> 
 
     n = min(len(members), len(others), _ATTACK_ROWS)
     generator = torch.Generator().manual_seed(0)
-    known = [part[torch.randperm(len(part), generator=generator)[:n]] for part in (members, others)]
+    known = [part[torch.randperm(len(part), generator=generator, device="cpu")[:n]] for part in (members, others)]
     attack = SVC(C=3).fit(torch.cat(known).unsqueeze(1).numpy(), [1] * n + [0] * n)
     return float(100 * attack.predict(forgotten.unsqueeze(1).numpy()).mean())
 

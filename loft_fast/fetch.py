@@ -38,7 +38,7 @@ def fetch_moments(
 ) -> Moments | GroupedMoments:
     """Moments of the features at `site` over all batches.
 
-    The model runs in eval mode under inference_mode and whatever autocast the caller is in; modes, device and hooks
+    The model runs in eval mode without gradients and whatever autocast the caller is in; modes, device and hooks
     are restored at the end, also after an exception or Ctrl-C.
 
     Args:

@@ -37,7 +37,8 @@ class Gaussians:
         many = features_are_cheaper(len(parts), draws, groups.dim, outputs)
         # The same for every group and head: differences between heads are then differences, not noise.
         generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(draws, groups.dim if many else outputs, generator=generator).to(self.means.device)
+        shape = draws, groups.dim if many else outputs
+        noise = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(self.means.device)
         covariances = (part.second_moment(part.mean) for part in parts)
         self.features = None
         if many:
@@ -79,7 +80,7 @@ def features_are_cheaper(groups: int, draws: int, dim: int, outputs: int) -> boo
 def _root(covariance: Tensor) -> Tensor:
     """A lower triangular square root, in float32; of the variances alone where no precision finds a positive matrix."""
     jitter = (_JITTER * covariance.trace() / len(covariance)).clamp_min(1e-30)
-    covariance = covariance + jitter * torch.eye(len(covariance)).to(covariance)
+    covariance = covariance + jitter * torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
     for precision in (torch.float32, torch.float64):
         root, failed = torch.linalg.cholesky_ex(covariance.to(precision))
         if not failed:

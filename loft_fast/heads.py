@@ -34,6 +34,20 @@ def with_closed(weight: Tensor, bias: Tensor, outputs: Sequence[int]) -> tuple[T
     return weight, bias
 
 
+def closed_before(weight: Tensor, bias: Tensor, rounding: float) -> list[int]:
+    """The outputs that `with_closed` closed, to within the rounding (relative) of a weight that was stored since."""
+    lowest = int(bias.argmin())
+    slack = 16 * rounding
+    same = (weight - weight[lowest]).abs().amax(1) <= slack * weight.abs().max()
+    same &= (bias - bias[lowest]).abs() <= slack * bias.abs().max()
+    if bool(same.all()):
+        return []
+    wanted, offset = with_closed(weight, bias, same.nonzero().flatten().tolist())
+    known = (wanted[lowest] - weight[lowest]).abs().max() <= slack * weight.abs().max()
+    known &= (offset[lowest] - bias[lowest]).abs() <= slack * bias.abs().max()
+    return same.nonzero().flatten().tolist() if bool(known) else []
+
+
 def only_read(basis: Tensor, weight: Tensor) -> Tensor:
     """The part of a subspace, (d, s) orthonormal to (d, r), in which these outputs (outputs, d) differ from each other.
 

@@ -55,7 +55,7 @@ def match_retrained(
         InputError: as `unseen`, or a bad number; the model is then, and after an interruption, as it was.
     """
     check_positive("rate", rate)
-    if not isinstance(epochs, int) or epochs < 1:
+    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
         raise InputError(f"epochs: got {epochs!r}, expected a whole number of at least 1")
     if iter(retain) is retain:
         raise InputError(f"retain: got a {type(retain).__name__}, expected a loader that can be passed over again")
@@ -96,7 +96,7 @@ def _distil(
     with tqdm(total=epochs * expected.batches, desc="matching", unit="step", disable=not progress, leave=False) as bar:
         for _ in range(epochs):
             for raw in retain:
-                order = order or torch.randperm(len(targets)).tolist()
+                order = order or torch.randperm(len(targets), device="cpu").tolist()
                 gone, wanted = targets[order.pop()]
                 batch = batches.to_device(raw, device)
                 with torch.no_grad():

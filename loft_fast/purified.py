@@ -128,5 +128,5 @@ def _kept(found: TopK, matrices: Tensor) -> list[float]:
 def _spanned(projector: Tensor, rank: int) -> Tensor:
     """(P, d, s): the projection of random vectors, which spans its range."""
     generator = torch.Generator().manual_seed(0)
-    vectors = torch.randn(projector.shape[-1], rank, generator=generator).to(projector)
+    vectors = torch.randn(projector.shape[-1], rank, generator=generator, device="cpu").to(projector)
     return projector @ vectors

@@ -87,6 +87,11 @@ class Site:
 
     def check(self, features: object) -> Tensor:
         """The features if they are a float tensor with a batch dimension; otherwise a SiteError."""
+        if isinstance(features, Tensor) and features.is_nested:
+            raise SiteError(
+                f"site: {str(self)!r} carries a nested tensor; make the nn.TransformerEncoder with "
+                "enable_nested_tensor=False, or project before or behind it"
+            )
         if isinstance(features, Tensor) and features.is_floating_point() and features.ndim >= 2:
             return features
         got = f"a {features.dtype} tensor of shape {tuple(features.shape)}" if isinstance(features, Tensor) else None
@@ -119,8 +124,9 @@ class _Hook:
 
 def unwrap(model: nn.Module, argument: str = "model") -> nn.Module:
     """The model inside torch.compile, DataParallel and DistributedDataParallel wrappers."""
-    if not isinstance(model, nn.Module):
-        raise InputError(f"{argument}: got {type(model).__name__}, expected a torch.nn.Module")
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        got = type(model).__name__
+        raise InputError(f"{argument}: got {got}, expected a torch.nn.Module that was not scripted: hooks need Python")
     while True:
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
@@ -132,6 +138,8 @@ def unwrap(model: nn.Module, argument: str = "model") -> nn.Module:
 
 def _plain(module: nn.Module) -> nn.Module:
     """The module inside wrappers, that of FSDP too: what it is, but not what to call."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return module
     module = unwrap(module)
     while (wrapped := module._modules.get(_FSDP)) is not None:
         module = unwrap(wrapped)
@@ -168,7 +176,10 @@ def find_site(model: nn.Module, site: str | None = None) -> Site:
     if name not in modules:
         near = difflib.get_close_matches(name, modules, n=3, cutoff=0.4) or [key for key in modules if key][-3:]
         raise SiteError(f"site: no module {name!r} in the model; nearest: {', '.join(map(repr, near))}")
-    return Site(name, "output" if side == "output" else "input", modules[name])
+    found = modules[name]
+    if isinstance(found, torch.jit.ScriptModule) or type(_plain(found)).forward is nn.Module.forward:
+        raise SiteError(f"site: {name!r} is a {type(found).__name__} that no forward pass goes through as a module")
+    return Site(name, "output" if side == "output" else "input", found)
 
 
 def last_linear(model: nn.Module) -> str | None:
@@ -200,18 +211,20 @@ def anything_compiled() -> bool:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval and inference mode (no_grad under FSDP) inside, and no compiled code, which would not see new hooks.
+    """Eval mode without gradients inside, and no code that would not see new hooks: compiled, or fused by torch.
 
+    Not inference mode: what a model keeps of its first forward pass, such as positions, could not be trained with.
     Afterwards every module is back in the mode it was in, whatever happened.
     """
     modes = [(module, module.training) for module in model.modules()]
+    fused = torch.backends.mha.get_fastpath_enabled()  # it hands nested tensors from layer to layer
     try:
         model.eval()
-        # FSDP keeps memory that it makes in the first forward pass, and writes to it in the next.
-        without_grad = torch.no_grad() if spread(model) else torch.inference_mode()
-        with without_grad, torch.compiler.set_stance("force_eager") if anything_compiled() else nullcontext():
+        torch.backends.mha.set_fastpath_enabled(False)
+        with torch.no_grad(), torch.compiler.set_stance("force_eager") if anything_compiled() else nullcontext():
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
         model.train(modes[0][1])  # for modules that do more in `train` than to set the flag
         for module, mode in modes:
             module.training = mode

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from types import TracebackType
 
 import torch
 from torch import Tensor, nn
 
 from loft_fast.backends import FLOATS
-from loft_fast.errors import FoldError, InputError
+from loft_fast.errors import FoldError, InputError, SiteError
 from loft_fast.projection import Projection
 from loft_fast.sites import _CONV, Site, anything_compiled, find_site, spread, unwrap
 from loft_fast.state import lasting
@@ -86,6 +87,8 @@ def attach(model: nn.Module, projection: nn.Module, site: str | None = None) -> 
     place = find_site(model, site if site is not None else getattr(projection, "site", None))
     if isinstance(projection, Projection):
         _check_dim(place, projection, known_width(place))
+    if isinstance(place.plain, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        raise SiteError(f"site: {str(place)!r} is read by nn.MultiheadAttention without being called; use fold instead")
     return Attached(place, projection)
 
 
@@ -156,18 +159,38 @@ def foldable(model: nn.Module, place: Site) -> nn.Parameter:
         padded = layer.padding not in ("valid", "same", (0,) * len(layer.kernel_size))
         if any(size != 1 for size in layer.kernel_size) or padded:
             why = f"it is a convolution of kernel {layer.kernel_size} and padding {layer.padding}, expected 1x1 without"
+    elif place.side == "output" and place.module._forward_hooks:
+        why = "a hook changes or sees what it returns, and would come after the projection instead of before; remove it"
     if why is None:
         assert weight is not None
-        mine = {id(part) for part in (weight, bias) if part is not None}
+        mine = [part for part in (weight, bias) if part is not None]
         owners = [
             name or type(module).__name__
             for name, module in unwrap(model).named_modules()
-            if module is not layer and mine & {id(part) for part in module._parameters.values()}
+            if module is not layer and any(map(_shared, itertools.product(mine, module._parameters.values())))
         ]
         if not owners:
             return weight
         why = f"it shares its weight or bias with {owners[0]!r}"
     raise FoldError(f"site: cannot fold into {str(place)!r}: {why}; use attach instead")
+
+
+def _shared(pair: tuple[Tensor, Tensor | None]) -> bool:
+    """Whether two tensors overlap in memory: weights may be tied by parameter or by what is behind it."""
+    one, other = pair
+    if one is other:
+        return True
+    if other is None or isinstance(other, nn.parameter.UninitializedParameter) or one.device != other.device:
+        return False
+    (start, end), (first, last) = map(_extent, (one, other))
+    return start < last and first < end
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """The addresses between which its elements lie; none for what has no memory."""
+    span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    start = tensor.data_ptr()
+    return (start, start + span * tensor.element_size()) if start and tensor.numel() else (0, 0)
 
 
 def known_width(place: Site) -> int | None:

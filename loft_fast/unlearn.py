@@ -20,6 +20,7 @@ from loft_fast.projection import Projection
 from loft_fast.sites import Site, find_site, last_linear
 from loft_fast.solver import check_number, solve
 from loft_fast.surgery import Attached, attach, fold, foldable, known_width
+from loft_fast.watch import Watch
 
 log = logging.getLogger("loft_fast")
 
@@ -66,10 +67,10 @@ def unlearn(
         forget: loader over the rows to forget, or their moments.
         site: where to project; None: where given moments come from, else the input of the last nn.Linear.
         rank: dimension of the kept subspace; None: found, as `solve` says, with the layer at the site as head if that
-            is the last nn.Linear and the groups are its outputs.
-        fold: False attaches a hook that can be removed; True rewrites the layer for good. Where that is the last
-            nn.Linear and the groups are its outputs, those of classes without a row to retain are closed as well, as
-            `close_outputs` says: a model retrained without a class never says it.
+            is the last nn.Linear, makes the model's outputs, and the groups are among them.
+        fold: False attaches a hook that can be removed; True rewrites the layer for good. Where that makes the model's
+            outputs and the rows have class labels, the outputs of classes without a row to retain are closed as well,
+            as `close_outputs` says: a model retrained without a class never says it.
         about: "retain" or the paper's "own", as for `solve`.
         erase: ask for features in which a linear probe, too, no longer finds the forget rows. Not with `rank`, and only
             where there is a head to find the rank with.
@@ -83,13 +84,19 @@ def unlearn(
     place = find_site(model, next((known for known in sites if known is not None), None))
     _check(model, place, given, rank, fold, erase)
     clock = Clock()
-    gone = _moments("forget", model, forget, str(place), progress)  # the smaller set first: it fails sooner
-    kept = _moments("retain", model, retain, str(place), progress)
+    watch = Watch(model, place)
+    gone = _moments("forget", model, forget, watch, progress)  # the smaller set first: it fails sooner
+    kept = _moments("retain", model, retain, watch, progress)
     clock.lap("moments")
     head = predicting_head(model, place, kept, gone)
-    closed = [] if head is None else outputs_gone(kept, gone)
+    if head is not None and not watch.is_head:
+        log.warning("%s does not make the model's outputs: no angle or output to close can follow from it", place.name)
+        head = None
+    # What is the largest output of a row without a label need not be a class.
+    closed = outputs_gone(kept, gone) if head is not None and watch.labelled else []
     guide = head if rank is None else None
-    projection = solve(kept, gone, rank, about, guide, erase=erase, close=fold and guide is not None)
+    close = fold and guide is not None and watch.labelled
+    projection = solve(kept, gone, rank, about, guide, erase=erase, close=close)
     projection.site = str(place)
     clock.lap("solve")
     attached = None
@@ -133,12 +140,13 @@ def _check(
 
 
 def _moments(
-    name: str, model: nn.Module, data: Iterable[Any] | Moments | GroupedMoments, site: str, progress: bool
+    name: str, model: nn.Module, data: Iterable[Any] | Moments | GroupedMoments, watch: Watch, progress: bool
 ) -> Moments | GroupedMoments:
     if isinstance(data, _KINDS):
         return data
+    loader = watch.over(data) if hasattr(data, "__iter__") or hasattr(data, "__getitem__") else data
     try:
-        return fetch_moments(model, data, site, group="auto", progress=progress)
+        return fetch_moments(model, loader, str(watch.place), group="auto", progress=progress)
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
 

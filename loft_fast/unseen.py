@@ -148,13 +148,9 @@ def _like_any(ranks: Tensor, known: int) -> bool:
     return apart / (1 / len(ranks) + 1 / known) ** 0.5 < _OTHER
 
 
-@torch.inference_mode()
 def _look(model: nn.Module, places: Sequence[Site], raw: Any, name: str) -> tuple[Tensor, Tensor, dict[Site, Tensor]]:
     """Logits (n, classes), labels (n,), and the features (n, d) at every place that the forward pass reaches."""
     batch = batches.to_device(raw, device_of(model))
-    labels = batches.labels(batch)
-    if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.is_floating_point():
-        raise InputError(f"{name}: got batches without one class label per row, expected (x, y) or a dict")
     caught: dict[Site, Tensor] = {}
 
     def catch(place: Site) -> Any:
@@ -168,9 +164,7 @@ def _look(model: nn.Module, places: Sequence[Site], raw: Any, name: str) -> tupl
         for place in places:
             stack.callback(catch(place).remove)
         logits = batches.logits(batches.call(model, batch))
-    if bool(((labels < 0) | (labels >= logits.shape[1])).any()):
-        raise InputError(f"{name}: got labels outside of the model's {logits.shape[1]} outputs")
-    return logits, labels, caught
+    return logits, batches.classes(name, batch, logits), caught
 
 
 def _vectors(place: Site, features: Tensor, mask: Tensor | None) -> Tensor:

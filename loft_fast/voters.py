@@ -59,7 +59,8 @@ class Candidate:
         if self.scale is None or self.mix is None:
             generator = torch.Generator().manual_seed(0)
             self.scale = features.square().mean().sqrt().clamp_min(1e-30)
-            mix = torch.randn(features.shape[1], WIDTH, generator=generator) / features.shape[1] ** 0.5
+            shape = features.shape[1], WIDTH
+            mix = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") / shape[0] ** 0.5
             self.mix = mix.to(features)
         return functional.relu(features / self.scale @ self.mix + _SHIFT)
 

@@ -131,3 +131,17 @@ def test_logits_do_not_hang_on_the_signs_of_eigenvectors(monkeypatch):
     for _ in range(5):
         assert some.accuracies(weight, [bias]) == pytest.approx(wanted, abs=0.02)
     assert len(seen) == 5
+
+
+def test_defaults_of_the_caller_change_nothing(drawn):
+    rows, labels, means, bias = problem()
+    groups = GroupedMoments(12).update(rows, labels)
+    want = Gaussians(groups, 5).accuracies(means, [bias])
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        got = Gaussians(groups, 5).accuracies(means, [bias])
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert got == want

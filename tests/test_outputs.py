@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from loft_fast import FoldError, InputError, close_outputs
+from loft_fast import FoldError, InputError, Projection, close_outputs, fold
 
 
 def classifier(bias=True, dtype=torch.float32, conv=False):
@@ -81,3 +81,45 @@ def test_refusals_leave_the_model_as_it_was(outputs, site, error, message):
     with pytest.raises(error, match=message):
         close_outputs(model, outputs, site)
     assert all(torch.equal(before[name], part) for name, part in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_one_after_another_is_as_all_at_once(bias, dtype):
+    once, twice = classifier(bias, dtype), classifier(bias, dtype)
+    close_outputs(once, [1, 4, 5])
+    for one in ([4], [1, 5]):
+        close_outputs(twice, one)
+    for name in ("weight", "bias"):
+        assert torch.equal(getattr(once[-1], name), getattr(twice[-1], name))
+
+
+def test_a_projection_in_between_does_not_open_them():
+    model = classifier()
+    close_outputs(model, [4])
+    fold(model, Projection(torch.linalg.qr(torch.randn(8, 5))[0], torch.randn(8)))
+    close_outputs(model, [1])
+    weight = model[-1].weight
+    assert torch.allclose(weight[4], weight[[0, 2, 3, 5]].mean(0), atol=1e-6)
+
+
+@pytest.mark.parametrize("low", [-25.0, -1e3])
+def test_an_output_that_is_only_unlikely_stays_open(low):
+    model = classifier()
+    model[-1].bias.data[3] = low
+    before = model[-1].weight[3].clone()
+    close_outputs(model, [1])
+    assert torch.equal(model[-1].weight[3], before)
+
+
+def test_the_last_ones_cannot_be_closed_later_either():
+    model = classifier()
+    close_outputs(model, [0, 1, 2])
+    with pytest.raises(InputError, match="outputs: got all 6"):
+        close_outputs(model, [3, 4, 5])
+
+
+@pytest.mark.parametrize("outputs", [None, "1", [3, "a"], [[3]], [True], 6, torch.tensor([1])])
+def test_what_is_no_list_of_indices_is_refused(outputs):
+    with pytest.raises(InputError, match="outputs: got"):
+        close_outputs(classifier(), outputs)

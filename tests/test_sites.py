@@ -3,10 +3,10 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from models import WRAPPED, ByKeyword, Maps, Mlp, Tokens, build, everything
+from models import WRAPPED, ByKeyword, Maps, Mlp, Tokens, build, everything, random_projection
 from torch import nn
 
-from loft_fast import InputError, SiteError
+from loft_fast import InputError, SiteError, attach, fetch_moments
 from loft_fast.sites import Site, device_of, evaluating, find_site, last_linear, unwrap
 
 
@@ -204,11 +204,11 @@ def test_evaluating_restores_every_mode(error):
     before = everything(model)
     with pytest.raises(error) if error else nullcontext(), evaluating(model):
         assert not any(module.training for module in model.modules())
-        assert torch.is_inference_mode_enabled()
+        assert not torch.is_grad_enabled()
         if error:
             raise error
     assert everything(model) == before
-    assert not torch.is_inference_mode_enabled()
+    assert torch.is_grad_enabled()
 
 
 def test_evaluating_restores_modes_when_eval_fails_half_way():
@@ -263,3 +263,75 @@ def test_device_of():
     assert device_of(spread) == torch.device("cpu")
     with pytest.raises(InputError, match="device: the model is spread over cpu, meta, expected device=None"):
         device_of(spread, alone=True)
+
+
+# ---- models that do unusual things ----
+
+
+class Remembers(nn.Module):
+    """Makes a tensor in its first forward pass and keeps it."""
+
+    scale = None
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.fc = nn.Linear(6, 5), nn.LazyLinear(3)
+
+    def forward(self, x):
+        if self.scale is None:
+            self.scale = torch.arange(5.0).cos()
+        return self.fc(self.body(x) * self.scale)
+
+
+def test_what_a_model_keeps_of_its_first_pass_can_be_trained_with():
+    model, x = Remembers(), torch.randn(9, 6)
+    fetch_moments(model, [x], "body:output", progress=False)
+    model(x).square().mean().backward()
+    assert model.body.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("site", ["layers.0:output", "layers.1.linear2:output", "layers.1.norm1"])
+def test_layers_of_a_transformer_with_padding(site):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2).eval()
+
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = encoder.layers
+
+        def forward(self, x, attention_mask):
+            return encoder(x, src_key_padding_mask=attention_mask == 0)[:, 0]
+
+    mask = (torch.arange(7) < torch.tensor([[7], [3], [5]])).long()
+    x = torch.randn(3, 7, 8)
+    model, was = Padded(), torch.backends.mha.get_fastpath_enabled()
+    found = fetch_moments(model, [{"x": x, "attention_mask": mask}], site, progress=False)
+    assert found.count == 15
+    assert torch.backends.mha.get_fastpath_enabled() == was
+    with attach(model, random_projection(8), site), torch.no_grad(), pytest.raises(SiteError, match="a nested tensor"):
+        model(x, mask)
+
+
+def test_scripted_models_are_refused():
+    model = build(Mlp)
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3)))
+    for call in (find_site, unwrap):
+        with pytest.raises(
+            InputError, match=r"model: got RecursiveScriptModule, expected a torch\.nn\.Module that was not"
+        ):
+            call(scripted)
+    model.body = scripted
+    assert str(find_site(model)) == "fc:input"
+    with pytest.raises(SiteError, match="'body' is a RecursiveScriptModule that no forward pass goes through"):
+        find_site(model, "body")
+    assert fetch_moments(nn.Sequential(scripted, nn.Linear(3, 2)), [torch.randn(4, 6)], progress=False).count == 4
+
+
+def test_modules_that_are_never_called_are_refused():
+    exported = torch.export.export(build(Mlp).eval(), (torch.randn(2, 6),)).module()
+    with pytest.raises(SiteError, match="'fc' is a Module that no forward pass goes through"):
+        find_site(exported, "fc")
+    with pytest.raises(SiteError, match="'0' is a ModuleList that no forward pass goes through"):
+        find_site(nn.Sequential(nn.ModuleList([nn.Linear(2, 2)])), "0")

@@ -441,3 +441,51 @@ def test_attach_to_a_lazy_layer_checks_at_the_first_pass():
     model = nn.Sequential(nn.LazyLinear(3))
     with attach(model, random_projection()):
         assert model(torch.zeros(2, 5)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("tie", ["storage", "slice", "bias"])
+def test_fold_refuses_weights_that_overlap_in_memory(tie):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.fc = nn.Embedding(12, 5), nn.Linear(5, 12)
+            if tie == "storage":
+                self.fc.weight.data = self.table.weight.data
+            elif tie == "slice":
+                self.fc.weight = nn.Parameter(torch.cat([self.table.weight.data, torch.zeros(4, 5)])[4:])
+                self.table.weight = nn.Parameter(self.fc.weight.data[:12].view(12, 5))
+            else:
+                self.table.weight.data = self.fc.bias.data[:10].view(2, 5)
+
+    model = Tied()
+    before = everything(model)
+    with pytest.raises(FoldError, match="shares its weight or bias with 'table'"):
+        fold(model, random_projection(), "fc")
+    assert everything(model) == before
+
+
+def test_neighbours_in_memory_are_not_shared():
+    model = build(Mlp).eval()
+    flat = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    start = 0
+    for parameter in model.parameters():
+        end = start + parameter.numel()
+        parameter.data = flat[start:end].view_as(parameter)
+        start = end
+    projection = random_projection()
+    want = by_hand(model, projection)
+    fold(model, projection, "fc")
+    assert torch.allclose(output(model), want, atol=1e-5)
+
+
+def test_fold_refuses_an_output_that_a_hook_may_change():
+    model, projection = build(Mlp), random_projection(3)
+    with attach(model, projection, "fc:output"), pytest.raises(FoldError, match="a hook changes or sees what it"):
+        fold(model, projection, "fc:output")
+    fold(model, projection, "fc:output")
+
+
+def test_attach_refuses_a_layer_that_is_never_called():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    with pytest.raises(SiteError, match=r"is read by nn\.MultiheadAttention without being called; use fold"):
+        attach(layer, random_projection(8), "self_attn.out_proj")

@@ -1,3 +1,4 @@
+import copy
 import logging
 
 import pytest
@@ -344,3 +345,78 @@ def test_refusals_leave_the_model_alone(kwargs, message, fold):
 def test_model_must_be_a_module():
     with pytest.raises(InputError, match=r"model: got function, expected a torch.nn.Module"):
         unlearn(lambda x: x, Untouched(), Untouched())
+
+
+# ---- what makes the outputs ----
+
+
+class Ahead(Classes):
+    """Its head is registered first: the last linear layer is another one, as wide as the head or wider."""
+
+    def __init__(self, width=3, returns="head"):
+        super().__init__()
+        self.other, self.returns = nn.Linear(8, width), returns
+
+    def forward(self, x):
+        features = self.body(x)
+        other, scores = self.other(features), self.fc(features)
+        return {"head": scores, "hidden": self.fc(features + 0 * other.mean(1, keepdim=True))}[self.returns]
+
+
+@pytest.mark.parametrize(("width", "returns"), [(3, "head"), (8, "hidden")], ids=["auxiliary", "hidden"])
+def test_outputs_of_a_layer_that_is_no_head_are_not_closed(width, returns, caplog):
+    model = build(Ahead, width, returns)
+    other = model.other
+    folded, before = torch.randn(5, 8), copy.deepcopy(other)
+    result = unlearn(model, fold=True)
+    assert result.site == "other:input"
+    assert "other does not make the model's outputs" in caplog.text
+    assert not result.projection.certificate.predicted
+    assert torch.allclose(other(folded), before(result.projection(folded)), atol=1e-5)  # folded, and no more
+
+
+@pytest.mark.parametrize(
+    "last", [nn.Softmax(1), nn.LogSoftmax(1), nn.Sigmoid()], ids=lambda layer: type(layer).__name__
+)
+def test_what_keeps_the_order_may_follow_the_head(last):
+    model = nn.Sequential(build(Classes), last)
+    result = unlearn(model, fold=True)
+    assert result.projection.certificate.predicted
+    assert (model(FORGET[0][0]).argmin(1) == 2).all()
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [lambda y: torch.eye(3)[y], lambda y: y.float(), lambda y: None],
+    ids=["several labels", "numbers", "none"],
+)
+def test_without_class_labels_nothing_is_closed(targets):
+    retain, forget = ([(x, targets(y)) for x, y in part] for part in (RETAIN, FORGET))
+    model = build(Classes)
+    bias, result = model.fc.bias[2].item(), unlearn(model, retain, forget, fold=True)
+    assert "outputs are closed" not in result.projection.certificate.why
+    assert abs(model.fc.bias[2].item() - bias) < 10
+
+
+@pytest.mark.parametrize(
+    "form",
+    [torch.Tensor.tolist, torch.Tensor.numpy, lambda y: y.unsqueeze(1), lambda y: y.to(torch.uint8)],
+    ids=["list", "array", "column", "bytes"],
+)
+def test_labels_of_any_form_are_the_same(form):
+    want, model = build(Classes), build(Classes)
+    unlearn(want, fold=True)
+    unlearn(model, *([(x, form(y)) for x, y in part] for part in (RETAIN, FORGET)), fold=True)
+    assert everything(model) == everything(want)
+
+
+def test_a_loader_of_a_length_keeps_it():
+    class Counted(list):
+        asked = 0
+
+        def __len__(self):
+            Counted.asked += 1
+            return super().__len__()
+
+    unlearn(build(Classes), Counted(RETAIN))
+    assert Counted.asked

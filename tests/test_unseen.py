@@ -371,9 +371,13 @@ def test_bad_input(memorised):
         (([], forget, validation), {}, "retain: it yielded no rows"),
         ((one, forget, validation), {}, "retain: got rows of 1 classes"),
         ((retain, outside, validation), {}, "forget: got labels outside of the model's 4 outputs"),
-        ((retain, [x for x, _ in forget], validation), {}, "forget: got batches without one class label per row"),
+        ((retain, [x for x, _ in forget], validation), {}, "forget: got labels NoneType and outputs"),
         ((iter(retain), forget, validation), {}, "retain: got a list_iterator, expected a loader that can be passed"),
+        (([(x * math.nan, y) for x, y in retain], forget, validation), {}, "retain: the model's outputs hold NaN"),
+        ((retain, [(x * math.nan, y) for x, y in forget], validation), {}, "forget: the model's outputs hold NaN"),
+        ((retain, forget, [(x * math.nan, y) for x, y in validation]), {}, "validation: the model's outputs hold NaN"),
         ((retain, forget, validation), {"epochs": 0}, "epochs: got 0"),
+        ((retain, forget, validation), {"epochs": True}, "epochs: got True"),
         ((retain, forget, validation), {"rate": math.nan}, "rate: got nan"),
     ]
     for loaders, options, message in cases:
