@@ -6,17 +6,18 @@ Rows of each group are taken to be Gaussian with the group's mean and covariance
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from loft_fast.discriminant import linear_discriminant
+from loft_fast.eraser import Eraser, least_change
 from loft_fast.errors import InputError
 from loft_fast.frontier import Frontier, Point
 from loft_fast.gaussians import Gaussians
 from loft_fast.grouped_moments import GroupedMoments
-from loft_fast.heads import linear_head, only_read, with_closed
+from loft_fast.heads import linear_head, read_directions, with_closed
 from loft_fast.moments import Moments
 
 DEFAULT_ANGLE = 0.3
@@ -24,17 +25,15 @@ DEFAULT_ANGLE = 0.3
 
 _LADDER = [0.05 * 1.5**i for i in range(9)]  # 0.05 to 1.28 radians
 _TOLERANCE = 0.25  # points of predicted accuracy within which two angles count as equal
-_ERASED_AUC = 0.62  # predicted AUC of a linear probe that counts as erased; true ones came out up to 0.06 higher
-_ERASE_COST = 1.0  # points of predicted retain accuracy that erasing may cost
 _CLOSED_COST = 0.1  # points that a projection may cost which is not what makes the head forget
-_ERASING_FROM = 0.5  # and that the one may cost from which on a search for an erasing one begins
 
 
 @dataclass(frozen=True)
 class Choice:
     """A subspace, where its dropped coordinates are pinned, the reason, and the accuracies predicted (percent).
 
-    basis: what is kept of the subspace; all of it unless erasing, which keeps only what the open outputs tell apart.
+    basis, lift: what is kept of the subspace, and where it is put back; all of it, and where it was, unless erasing,
+    which keeps only what the open outputs tell apart.
     """
 
     point: Point
@@ -42,6 +41,8 @@ class Choice:
     center: Tensor
     why: str
     predicted: dict[str, float]
+    lift: Tensor | None = None
+    eraser: Eraser | None = None
 
 
 def choose_angle(
@@ -57,8 +58,8 @@ def choose_angle(
     A group that retain does not have is forgotten at accuracy 0. A group of which retain has other rows is forgotten
     when its accuracy falls to what a linear discriminant refitted on the retain moments alone would reach.
     With `close`, the outputs of the former will be closed: they are forgotten at any angle, and the angle ends where it
-    costs the retain groups more than a tenth of a point. With `erase`, the mildest angle at which a linear probe is
-    predicted to be blind as well, from half a point on.
+    costs the retain groups more than a tenth of a point. With `erase`, no angle but an eraser, which blinds every
+    linear probe; inside the mildest subspace at which the head forgets, where it would not by the eraser alone.
 
     Raises:
         InputError: moments are not grouped, keys are not outputs of the head, or the head does not fit the features.
@@ -132,35 +133,30 @@ class _Forecast:
         return self.accuracies(self.final_head, rung.basis, [rung.center])[0]
 
     def accuracies(
-        self, head: tuple[Tensor, Tensor], basis: Tensor, centers: list[Tensor]
+        self, head: tuple[Tensor, Tensor], basis: Tensor, centers: list[Tensor], lift: Tensor | None = None
     ) -> list[tuple[float, float]]:
         """What a head makes of retain and forget rows projected onto this basis about each of these centres."""
-        weight = (head[0] @ basis) @ basis.T
+        weight = (head[0] @ (basis if lift is None else lift)) @ basis.T
         biases = [head[1] + (head[0] - weight) @ center for center in centers]
         retain, forget = (rows.accuracies(weight, biases) for rows in (self.retain_rows, self.forget_rows))
         return list(zip(retain, forget, strict=True))
 
     def mildest(self) -> Choice:
-        """The mildest angle that will do."""
-        index = self.affordable(_CLOSED_COST)
-        if index < self.first():
-            why = "the strongest angle predicted to cost the retain set at most a tenth of a point; outputs are closed"
-            return self.choice(index, why)
-        return self.choice(index, "the mildest angle predicted to forget, from moments and head, with a margin")
-
-    def affordable(self, cost: float) -> int:
-        """The first rung that will do, or where outputs are closed, the last one up to it that costs no more than this.
+        """The mildest angle that will do.
 
         A head with closed outputs forgets by itself. The projection then takes out of the features what the retain
         rows can spare, which is little where the classes crowd the dimensions.
         """
-        index = self.first()
+        first = index = self.first()
         if self.forgets_anyway:
             weight, bias = self.final_head
             (untouched,) = self.retain_rows.accuracies(weight, [bias])
-            while index and self.final(index)[0] < untouched - cost:
+            while index and self.final(index)[0] < untouched - _CLOSED_COST:
                 index -= 1
-        return index
+        if index < first:
+            why = "the strongest angle predicted to cost the retain set at most a tenth of a point; outputs are closed"
+            return self.choice(index, why)
+        return self.choice(index, "the mildest angle predicted to forget, from moments and head, with a margin")
 
     def first(self) -> int:
         """The first rung on the plateau of least cost, or one further as a margin if that is as good."""
@@ -181,39 +177,53 @@ class _Forecast:
         return high
 
     def erased(self) -> Choice:
-        """The first rung that forgets and blinds a linear probe, or the last one after it that retain can afford."""
-        low, high = self.affordable(_ERASING_FROM), len(_LADDER) - 1
-        least = self.final(low)[0] - _ERASE_COST
-        while low < high:
-            middle = (low + high) // 2
-            done = self.probe_auc(self.at(middle).basis) <= _ERASED_AUC or self.final(middle)[0] < least
-            low, high = (low, middle) if done else (middle + 1, high)
-        if self.final(high)[0] < least:
-            choice = self.choice(high - 1, "the strongest angle predicted to cost the retain set at most a point")
-        else:
-            choice = self.choice(high, "the mildest angle at which a linear probe is predicted to be blind")
-        read = only_read(choice.point.basis, self.final_head[0])
-        return replace(choice, basis=read, why=f"{choice.why}; what no output reads is dropped")
+        """The eraser of all features; of those that the mildest angle leaves, if the head forgets by that alone."""
+        choice = self.blinded(None, "no linear probe finds the forget rows any more")
+        if self.forgets_anyway:
+            return choice
+        basis = self.frontier.at(_LADDER[self.first()]).basis
+        if basis.shape[1] < 2:
+            return choice
+        inside = self.blinded(
+            basis, "within the mildest angle predicted to forget, no linear probe finds them any more"
+        )
+        return inside if self.cost(inside) < self.cost(choice) - _TOLERANCE else choice
+
+    def cost(self, choice: Choice) -> float:
+        """Retain errors plus distance to the forget target, as predicted."""
+        return 100 - choice.predicted["retain accuracy"] + abs(choice.predicted["forget accuracy"] - self.target)
+
+    def blinded(self, within: Tensor | None, why: str) -> Choice:
+        """The eraser of these features, and what the open outputs read of what it leaves."""
+        objective, weight = self.frontier.objective, self.final_head[0]
+        eraser = least_change(objective.retain, self.forget_total.mean - self.retain_total.mean, within)
+        ((retain, forget),) = self.accuracies(self.final_head, eraser.basis, [objective.center], eraser.lift)
+        read = read_directions(weight @ eraser.lift)
+        why = f"{why}; what no output reads is dropped"
+        point = self.frontier.measured(eraser.basis)
+        predicted = self.summary(retain, forget, eraser.basis)
+        return Choice(point, eraser.basis @ read, objective.center, why, predicted, eraser.lift @ read, eraser)
 
     def choice(self, index: int, why: str) -> Choice:
         """A rung, solved once more in float64."""
-        rung = self.at(index)
-        retain, forget = self.final(index)
-        predicted = {
+        rung, point = self.at(index), self.frontier.at(_LADDER[index])
+        return Choice(point, point.basis, rung.center, why, self.summary(*self.final(index), rung.basis))
+
+    def summary(self, retain: float, forget: float, basis: Tensor) -> dict[str, float]:
+        """What a certificate says of predictions."""
+        return {
             "retain accuracy": retain,
             "forget accuracy": forget,
             "forget target": self.target,
-            "probe AUC": self.probe_auc(rung.basis),
+            "probe AUC": self.probe_auc(basis),
         }
-        point = self.frontier.at(_LADDER[index])
-        return Choice(point, point.basis, rung.center, why, predicted)
 
     def probe_auc(self, basis: Tensor) -> float:
         """AUC of the best linear probe between two Gaussians with the pooled retain and forget moments, projected."""
         within = self.retain_total.covariance(0) + self.forget_total.covariance(0)
         spread = basis.T @ within @ basis
         offset = basis.T @ (self.forget_total.mean - self.retain_total.mean)
-        spread.diagonal().add_(1e-6 * spread.trace() / len(spread))
+        spread.diagonal().add_((1e-6 * spread.trace() / len(spread)).clamp_min(1e-300))  # a dead unit varies in neither
         direction = torch.linalg.solve(spread, offset)
         z = float(direction @ offset) / math.sqrt(max(float(direction @ spread @ direction), 1e-300))
         return (1 + math.erf(z / math.sqrt(2))) / 2

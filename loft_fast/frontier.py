@@ -92,6 +92,11 @@ class Frontier:
             retain = (support + sin * forget) / cos
         return Point(angle, support, min(max(retain, 0.0), 1.0), min(max(forget, 0.0), 1.0), basis)
 
+    def measured(self, basis: Tensor) -> Point:
+        """What any subspace keeps. Its angle is that of no trade-off: 0."""
+        retain = kept(self.objective.retain, basis)
+        return Point(0.0, retain, retain, kept(self.objective.forget, basis), basis)
+
     def between(self, low: Point, high: Point, loss: Callable[[float, float], float]) -> Point:
         """The subspace of least loss(a, b) on the Grassmann geodesic from low to high (equal ranks).
 

@@ -48,12 +48,12 @@ def closed_before(weight: Tensor, bias: Tensor, rounding: float) -> list[int]:
     return same.nonzero().flatten().tolist() if bool(known) else []
 
 
-def only_read(basis: Tensor, weight: Tensor) -> Tensor:
-    """The part of a subspace, (d, s) orthonormal to (d, r), in which these outputs (outputs, d) differ from each other.
+def read_directions(weight: Tensor) -> Tensor:
+    """(s, r) orthonormal columns: the directions in which outputs with these weights (outputs, s) differ.
 
     Probabilities hang on differences of logits alone, so r is less than the number of outputs; but at least 1.
     """
-    _, sizes, directions = torch.linalg.svd((weight - weight.mean(0)) @ basis, full_matrices=False)
+    _, sizes, directions = torch.linalg.svd(weight - weight.mean(0), full_matrices=False)
     read = sizes > _SURE * sizes[0]
     read[0] = True
-    return basis @ directions[read].T
+    return directions[read].T

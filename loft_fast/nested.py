@@ -47,11 +47,15 @@ def solve_within(
     inner = solve(kept, gone, rank, head=None if head is None else _reading(outer, head), **options)
     certificate = inner.certificate
     assert certificate is not None
+    basis, back, center = (part.double() for part in (outer.basis, outer.back, outer.center))
+    inside = [part.to(basis) for part in (inner.basis, inner.back, inner.center)]
+    oblique = outer.lift is not None or inner.lift is not None
     return Projection(
-        outer.basis @ inner.basis,
-        outer.center + outer.basis @ inner.center,
+        basis @ inside[0],
+        center + back @ inside[2],
         replace(certificate, why=f"{certificate.why}, within the last projection"),
         retain.site,
+        lift=back @ inside[1] if oblique else None,
         check=False,
     )
 
@@ -77,10 +81,10 @@ def seen_through(outer: Projection, name: str, moments: _Kind) -> _Kind:
 
 
 def _reading(outer: Projection, head: nn.Module) -> nn.Module:
-    """The head as it reads the coordinates: W (center + U y) + b."""
+    """The head as it reads the coordinates: W (center + R y) + b."""
     weight, bias = linear_head(head, outer.dim, outer.basis.device)
-    basis, center = outer.basis.to(weight), outer.center.to(weight)
+    back, center = outer.back.to(weight), outer.center.to(weight)
     layer = nn.Linear(outer.rank, len(weight), device=weight.device, dtype=weight.dtype)
-    layer.weight.copy_(weight @ basis)
+    layer.weight.copy_(weight @ back)
     layer.bias.copy_(bias + weight @ center)
     return layer

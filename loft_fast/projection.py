@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from loft_fast import files
 from loft_fast.errors import FileFormatError, InputError
-from loft_fast.heads import linear_head, only_read
+from loft_fast.heads import linear_head, read_directions
 from loft_fast.ops.project import project
 from loft_fast.state import lasting
 
@@ -63,6 +63,15 @@ class Certificate:
         return "\n".join(lines)
 
 
+_PARTS = ("basis", "center", "lift")
+
+
+def _skew(basis: Tensor, other: Tensor) -> float:
+    """How far U^T R is from the identity, at most."""
+    product = basis.double().T @ other.double()
+    return float((product - torch.eye(len(product)).to(product)).abs().max())
+
+
 class Projection(nn.Module):
     """z -> center + U U^T (z - center), a drop-in module for features.
 
@@ -71,15 +80,18 @@ class Projection(nn.Module):
         center: (d,), the point that stays where it is.
         certificate: how it came about; None if you made the basis yourself.
         site: where in a model it belongs.
+        lift: R, (d, s) with U^T R = I, in place of the first U: an oblique projection. It drops the same, and puts
+            what it keeps elsewhere.
         check: look whether the columns are orthonormal; not needed for a basis that was made so.
 
-    Both tensors are float64 buffers, so `.to(device)` moves them; the arithmetic is done in the dtype of the input
+    All tensors are float64 buffers, so `.to(device)` moves them; the arithmetic is done in the dtype of the input
     (of 16-bit input on a CPU, in float32).
     """
 
     basis: Tensor
     center: Tensor
-    _kept: tuple[Tensor, Tensor, tuple[Any, ...], tuple[Tensor, Tensor]] | None = None
+    lift: Tensor | None
+    _kept: tuple[list[Tensor], tuple[Any, ...], list[Tensor]] | None = None
 
     def __init__(
         self,
@@ -88,6 +100,7 @@ class Projection(nn.Module):
         certificate: Certificate | None = None,
         site: str | None = None,
         *,
+        lift: Tensor | None = None,
         check: bool = True,
     ) -> None:
         super().__init__()
@@ -98,13 +111,16 @@ class Projection(nn.Module):
             )
         if not (basis.is_floating_point() and center.is_floating_point() and bool(torch.isfinite(center).all())):
             raise InputError(f"center: got {basis.dtype} basis and {center.dtype} center, expected finite floats")
-        if check:
-            columns = basis.double()
-            skew = float((columns.T @ columns - torch.eye(basis.shape[1]).to(columns)).abs().max())
+        if lift is not None and (lift.shape != basis.shape or lift.dtype != basis.dtype):
+            got = f"{lift.dtype} {tuple(lift.shape)}"
+            raise InputError(f"lift: got {got}, expected {basis.dtype} {tuple(basis.shape)} as the basis")
+        for name, part, words in (("basis", basis, "U^T U"), ("lift", lift, "U^T R")) if check else ():
+            skew = 0.0 if part is None else _skew(basis, part)
             if not skew <= torch.finfo(basis.dtype).eps ** 0.5:  # NaN is not, either
-                raise InputError(f"basis: U^T U is {skew:.1e} away from the identity, expected orthonormal columns")
+                raise InputError(f"{name}: {words} is {skew:.1e} away from the identity, expected orthonormal columns")
         self.register_buffer("basis", basis)
         self.register_buffer("center", center)
+        self.register_buffer("lift", lift)
         self.certificate = certificate
         self.site = site
 
@@ -122,9 +138,14 @@ class Projection(nn.Module):
         """What print(projection) shows."""
         return f"dim={self.dim}, rank={self.rank}"
 
+    @property
+    def back(self) -> Tensor:
+        """R, (d, s): the directions that coordinates are put back along. U itself unless there is a lift."""
+        return self.basis if self.lift is None else self.lift
+
     def matrix(self) -> Tensor:
-        """P = U U^T, (d, d), in the dtype of the basis."""
-        return self.basis @ self.basis.T
+        """P = R U^T, (d, d), in the dtype of the basis."""
+        return self.back @ self.basis.T
 
     @lasting
     def trim(self, head: nn.Module) -> Projection:
@@ -140,29 +161,40 @@ class Projection(nn.Module):
             InputError: it is not linear, or reads another dimension.
         """
         weight, _ = linear_head(head, self.dim, self.basis.device)
-        basis = only_read(self.basis.double(), weight).to(self.basis.dtype)
+        read = read_directions(weight @ self.back.double())
+        basis, back = ((part.double() @ read).to(part.dtype) for part in (self.basis, self.back))
         known = self.certificate
         if known is not None:
             known = replace(known, why=f"{known.why}; what no output reads is dropped")
-        return Projection(basis, self.center, known, self.site, check=False)
+        lift = None if self.lift is None else back
+        return Projection(basis, self.center, known, self.site, lift=lift, check=False)
 
     def forward(self, z: Tensor) -> Tensor:
         """z: (..., d), any float dtype; returns the same shape and dtype."""
         if not z.is_floating_point() or z.shape[-1:] != (self.dim,):
             raise InputError(f"z: got {z.dtype} of shape {tuple(z.shape)}, expected floats of shape (..., {self.dim})")
-        return project(z.reshape(-1, self.dim), *self._operands(z)).reshape(z.shape)
+        rows = z.reshape(-1, self.dim)
+        basis, center, *lift = self._operands(z)
+        if lift:
+            rows = rows.to(basis.dtype)
+            return (((rows - center) @ basis) @ lift[0].T + center).to(z.dtype).reshape(z.shape)
+        return project(rows, basis, center).reshape(z.shape)
 
-    def _operands(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Basis and center where and as z needs them; kept until they change: for few rows, that is half the work."""
-        basis, center = self.basis, self.center
+    def _operands(self, z: Tensor) -> list[Tensor]:
+        """The buffers where and as z needs them; kept until they change: for few rows, that is half the work."""
+        parts = [self.basis, self.center] if self.lift is None else [self.basis, self.center, self.lift]
         dtype = torch.float32 if z.element_size() == 2 and z.device.type == "cpu" else z.dtype
-        if torch.compiler.is_compiling() or any(one.is_inference() or one.requires_grad for one in (basis, center)):
-            return basis.to(z.device, dtype), center.to(z.device, dtype)
-        kept, now = self._kept, (basis._version, center._version, dtype, z.device)
-        if kept is None or kept[0] is not basis or kept[1] is not center or kept[2] != now:
+        if torch.compiler.is_compiling() or any(one.is_inference() or one.requires_grad for one in parts):
+            return [one.to(z.device, dtype) for one in parts]
+        kept, now = self._kept, (*(one._version for one in parts), dtype, z.device)
+        if kept is None or any(old is not new for old, new in zip(kept[0], parts, strict=True)) or kept[1] != now:
             with torch.inference_mode(False):  # what is made there could not be trained through later
-                kept = self._kept = basis, center, now, (basis.to(z.device, dtype), center.to(z.device, dtype))
-        return kept[3]
+                kept = self._kept = parts, now, [one.to(z.device, dtype) for one in parts]
+        return kept[2]
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """By name, those that are there."""
+        return {name: part for name in _PARTS if (part := getattr(self, name)) is not None}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": None}
@@ -180,10 +212,10 @@ class Projection(nn.Module):
         return files.content_digest("projection", *self._content())
 
     def _content(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        header = {"site": self.site or ""}
+        header = {"site": self.site or ""} | ({} if self.lift is None else {"oblique": "yes"})
         if self.certificate is not None:
             header["certificate"] = json.dumps(asdict(self.certificate))
-        return {"basis": self.basis, "center": self.center}, header
+        return self._tensors(), header
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Projection:
@@ -205,12 +237,15 @@ class Projection(nn.Module):
 
     @classmethod
     def _read(cls, source: str | os.PathLike[str] | bytes) -> Projection:
-        tensors, header = files.read_tensors(source, "projection", ("basis", "center"))
+        tensors, header = files.read_tensors(
+            source, "projection", lambda header: _PARTS[: 3 if "oblique" in header else 2]
+        )
         try:
             text = header.get("certificate")
             certificate = Certificate(**json.loads(text)) if text else None
             str(certificate)  # a field of the wrong type fails here, not in the user's print
-            return cls(tensors["basis"], tensors["center"], certificate, header.get("site") or None)
+            basis, center, *lift = tensors.values()
+            return cls(basis, center, certificate, header.get("site") or None, lift=lift[0] if lift else None)
         except (AttributeError, InputError, RecursionError, TypeError, ValueError) as error:
             name = files.name_of(source)
             raise FileFormatError(f"{name} holds a projection that contradicts itself: {error}") from error

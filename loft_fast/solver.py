@@ -26,6 +26,7 @@ from loft_fast.state import lasting
 
 _TINY_LOSS = 1e-9  # a millionth of it is what rounding does to a loss of order one
 _MAX_SOLVES = 64
+ERASING = "share of the retain variance by which retain rows move, so that no linear probe finds the forget rows"
 AT_RANK = "the optimum at the rank asked for"
 
 
@@ -79,8 +80,10 @@ def solve(
             centred, linear version.
         head: the linear classifier that reads the features; group keys are then its output indices.
         tolerance: relative gap to stop at.
-        erase: with `head`, ask for an angle at which a linear probe, too, no longer finds the forget rows; of what that
-            leaves, only the part that the head's open outputs read is kept, as by `Projection.trim`.
+        erase: with `head`, ask for features in which no linear probe finds the forget rows, instead: the mean of both
+            sets is made the same by the oblique projection that moves the retain rows least (`eraser`). Of what that
+            leaves, only the part that the head's open outputs read is kept, as by `Projection.trim`. Where the head
+            does not forget by that, an angle is found first, as without `erase`.
         close: with `head`, say that `close_outputs` will follow, for the classes of which nothing is retained. What is
             predicted is then of such a head, and as it forgets by itself, the angle may not cost the retain groups more
             than a tenth of a point.
@@ -126,7 +129,7 @@ def solve(
     frontier = Frontier(objective)
     goal: Goal = Distance(forget_weight or 1.0) if min_retain_kept is None else KeepRetain(min_retain_kept)
     text, predicted, center = str(goal), dict[str, float](), objective.center
-    basis: Tensor | None = None
+    basis, lift = None, None
 
     if max_loss is not None:
         best = _smallest_rank(frontier, goal, max_loss, tolerance)
@@ -137,16 +140,20 @@ def solve(
         best = _best_rank(frontier, goal, tolerance, first)
         why = "the optimum over all ranks"
     else:
+        choice = None
         if angle is not None:
             point, why = frontier.at(angle, rank), "the angle asked for"
         elif head is not None:
             choice = choose_angle(frontier, retain, forget, head, erase, close)
             point, center, why, predicted = choice.point, choice.center, choice.why, choice.predicted
-            basis = choice.basis
+            basis, lift = choice.basis, choice.lift
         else:
             point = frontier.at(DEFAULT_ANGLE)
             why = "the fixed default, since no head was given to predict accuracies with"
-        best, text = _extreme(point), linear_text(point.angle)
+        if choice is not None and choice.eraser is not None:
+            best, text = Optimum(point, choice.eraser.change, choice.eraser.least), ERASING
+        else:
+            best, text = _extreme(point), linear_text(point.angle)
 
     if best.loss == math.inf:
         rank = rank or objective.dim - 1
@@ -154,7 +161,7 @@ def solve(
         raise InputError(f"min_retain_kept: got {min_retain_kept}, but rank {rank} keeps at most {most:.8g}")
     certificate = certify(best, text, why, frontier.eigen_solves, time.perf_counter() - began, predicted)
     basis = best.point.basis if basis is None else basis
-    return Projection(basis.contiguous(), center, certificate, retain.site, check=False)
+    return Projection(basis.contiguous(), center, certificate, retain.site, lift=lift, check=False)
 
 
 def certify(

@@ -111,17 +111,17 @@ def fold(model: nn.Module, projection: Projection, site: str | None = None) -> N
     layer = place.plain
     weight = foldable(model, place)
     _check_dim(place, projection, known_width(place))
-    basis = projection.basis.to(weight.device, torch.float64)
-    center = projection.center.to(weight.device, torch.float64)
+    parts = (projection.basis, projection.back, projection.center)
+    basis, back, center = (part.to(weight.device, torch.float64) for part in parts)
     flat = weight.detach().double().reshape(len(weight), -1)
     old_bias = layer.bias
     bias = flat.new_zeros(len(weight)) if not isinstance(old_bias, Tensor) else old_bias.detach().double()
     if place.side == "input":
-        folded = flat @ basis @ basis.T
+        folded = flat @ back @ basis.T
         bias = bias + (flat - folded) @ center
     else:
-        folded = basis @ (basis.T @ flat)
-        bias = basis @ (basis.T @ (bias - center)) + center
+        folded = back @ (basis.T @ flat)
+        bias = back @ (basis.T @ (bias - center)) + center
     rewrite(layer, folded, bias)
 
 

@@ -72,8 +72,8 @@ def unlearn(
             outputs and the rows have class labels, the outputs of classes without a row to retain are closed as well,
             as `close_outputs` says: a model retrained without a class never says it.
         about: "retain" or the paper's "own", as for `solve`.
-        erase: ask for features in which a linear probe, too, no longer finds the forget rows. Not with `rank`, and only
-            where there is a head to find the rank with.
+        erase: ask for features in which no linear probe finds the forget rows, as for `solve`. Not with `rank`, and
+            only where there is a head to find the rank with.
         progress: show progress bars.
 
     Raises:
@@ -109,7 +109,7 @@ def unlearn(
     matrices = sum(len(part) if isinstance(part, GroupedMoments) else 1 for part in (kept, gone))
     sizes = {
         "moments": 8 * matrices * kept.dim * (kept.dim + 1),
-        "projection": 8 * projection.dim * (projection.rank + 1),
+        "projection": sum(part.nbytes for part in projection.buffers()),
     }
     return Unlearned(projection, str(place), attached, kept, gone, clock.seconds, sizes)
 

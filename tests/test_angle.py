@@ -123,11 +123,23 @@ def test_erasing_blinds_a_linear_probe(forgotten):
     erased, before, after = solved(problem, forgotten, erase=True)
     mild, _, _ = solved(problem, forgotten)
     assert probe_auc(mild, problem, forgotten) > 0.75
-    assert 0.4 < probe_auc(erased, problem, forgotten) < 0.64
+    assert 0.4 < probe_auc(erased, problem, forgotten) < 0.6
     assert after[1] < 1
     assert after[0] > before[0] - 1
-    assert erased.certificate.angle > mild.certificate.angle
     assert "probe" in erased.certificate.why
+    means = [part.total().mean for part in (problem.moments.select(forgotten), problem.moments.without(forgotten))]
+    assert torch.allclose(*map(erased, means), atol=1e-9)
+
+
+def test_the_certificate_of_an_eraser():
+    problem = Classes()
+    erased, _, _ = solved(problem, [2], erase=True, close=True)
+    known = erased.certificate
+    assert "share of the retain variance by which retain rows move" in known.goal
+    assert 0 < known.lower_bound <= known.loss < 0.1
+    assert known.relative_gap < 0.05  # by how much the regression is shrunk
+    assert known.rank == len(problem.moments.total().mean) - 1
+    assert known.retain_kept > 0.9 > known.forget_kept
 
 
 @torch.no_grad()
@@ -153,17 +165,17 @@ def test_predicted_auc_is_that_of_a_probe(erase):
     problem = Classes()
     projection, _, _ = solved(problem, [2], erase=erase)
     expected = probe_auc(projection, problem, [2])
-    assert projection.certificate.predicted["probe AUC"] == pytest.approx(expected, abs=0.06)
+    assert projection.certificate.predicted["probe AUC"] == pytest.approx(expected, abs=0.1 if erase else 0.06)
 
 
-def test_erasing_stops_where_the_retain_set_would_pay():
+def test_a_head_that_does_not_forget_by_an_eraser_forgets_by_an_angle():
     problem = Classes(distance=1.5, seed=3)
-    mild, _, mild_after = solved(problem, [0, 4])
     erased, _, after = solved(problem, [0, 4], erase=True)
-    assert "cost the retain set at most a point" in erased.certificate.why
-    assert erased.certificate.angle >= mild.certificate.angle
-    assert erased.certificate.predicted["probe AUC"] > 0.62
-    assert after[0] > mild_after[0] - 2
+    assert erased.certificate.why.startswith("within the mildest angle predicted to forget")
+    assert after[1] < 5
+    closed, _, _ = solved(problem, [0, 4], erase=True, close=True)
+    assert closed.certificate.why.startswith("no linear probe finds the forget rows")
+    assert closed.certificate.loss < erased.certificate.loss
 
 
 class Crowded(Classes):
@@ -204,8 +216,9 @@ def test_where_outputs_are_closed_the_others_pay_next_to_nothing(gone):
     assert "cost the retain set at most a tenth of a point" in certificate.why
     assert certificate.predicted["retain accuracy"] == pytest.approx(with_projection, abs=1)
     assert certificate.predicted["forget accuracy"] == 0
-    erased, _, _ = solved(problem, gone, close=True, erase=True)
-    assert accuracy(head, erased(rows), labels, kept) > with_projection - 2
+    erased, _, _ = solved(problem, gone, close=True, erase=True)  # at whatever cost, and it says at which
+    expected = erased.certificate.predicted["retain accuracy"]
+    assert accuracy(head, erased(rows), labels, kept) == pytest.approx(expected, abs=2)
 
 
 def test_closing_changes_nothing_where_forgetting_is_free():

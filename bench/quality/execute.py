@@ -132,7 +132,7 @@ def changed(original: Chain, model: Chain) -> int:
         if not any(tensor.shape == other.shape and torch.equal(tensor, other) for other in old)
     }
     maps = [name for name in new if not name.startswith("fc.")]
-    alone = len(maps) <= 2 and len(model.state_dict()) > len(old)  # one map was put in: it folds into the head
+    alone = len(maps) <= 3 and len(model.state_dict()) > len(old)  # one map was put in: it folds into the head
     sent = _size(list(new.values()))
     return min(sent, _size(list(model.fc.state_dict().values()))) if alone else sent
 
