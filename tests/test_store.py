@@ -454,6 +454,29 @@ def test_refusals_leave_the_store_as_it_was(store, request_, message):
     assert store.verify()["entries"] == 1
 
 
+def test_the_last_groups_cannot_go(store):
+    store.forget([0], rank=1)
+    before = content(store.path)
+    x, keys = rows()
+    with pytest.raises(InputError, match=r"^retain: the set is empty"):
+        store.forget([1, 2, 3, 4, 5])
+    with pytest.raises(InputError, match=r"^retain: the set is empty"):
+        store.forget_rows(x[keys > 0], keys[keys > 0])
+    assert content(store.path) == before
+    assert store.forget([1]).certificate["why"].startswith("one dimension cannot be narrowed")
+    assert UnlearningStore(store.path).verify()["groups"] == 4
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_later_request_for_nothing_is_refused(tmp_path, keep):
+    with new_store(tmp_path, keep_forgotten=keep) as store:
+        store.forget([0], rank=4)
+        before = content(store.path)
+        with pytest.raises(InputError, match=r"^forget: the set is empty"):
+            store.forget([])
+        assert content(store.path) == before
+
+
 def test_near_names(tmp_path):
     with (
         new_store(tmp_path, dict(enumerate(NAMES))) as store,
