@@ -15,8 +15,8 @@ from loft_fast.projection import Projection
 from loft_fast.solver import solve
 
 _STANDS = (
-    "one dimension cannot be narrowed: the last projection stands, whatever it keeps of these rows, and the numbers are "
-    "those of the request that led to it"
+    "one dimension cannot be narrowed: the last projection stands, whatever it keeps of these rows, "
+    "and the numbers are those of the request that led to it"
 )
 
 
