@@ -72,6 +72,22 @@ def test_all_of_it_is_there_after_opening_again(store):
         assert again.find(entry.id) == entry
 
 
+def test_a_store_stays_where_it_was_opened(tmp_path, monkeypatch):
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        UnlearningStore.create("store", moments()).close()
+    elsewhere = content(tmp_path / "there")
+    monkeypatch.chdir(tmp_path / "here")
+    with UnlearningStore("store") as store:
+        monkeypatch.chdir(tmp_path / "there")
+        store.forget([2], rank=4)
+        assert store.verify()["groups"] == 5
+    assert content(tmp_path / "there") == elsewhere
+    with UnlearningStore(tmp_path / "here" / "store") as again:
+        assert again.verify()["entries"] == 2
+
+
 def test_the_same_request_twice_is_one(store):
     first = store.forget([2], id="once", rank=4)
     before = content(store.path)

@@ -28,7 +28,7 @@ from loft_fast.ops.arguments import largest_magnitude
 from loft_fast.ops.reference import LARGEST, quantize
 from loft_fast.projection import Projection
 from loft_fast.sites import find_site
-from loft_fast.store.contents import MOMENTS, PROJECTION, Contents, collect, read_contents
+from loft_fast.store.contents import MOMENTS, PROJECTION, Contents, check_folders, collect, read_contents
 from loft_fast.store.keys import new_secret, pseudonym, public_key, read_secret
 from loft_fast.store.ledger import SCHEMA, Entry, Ledger, append, forget_subjects, set_groups
 from loft_fast.store.lock import locked
@@ -66,8 +66,8 @@ class UnlearningStore:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self._ledger = Ledger(self.path / _LEDGER)
+        self._ledger = Ledger(Path(path) / _LEDGER)
+        self.path = Path(path).absolute()  # the ledger, which is open, stays where it is; so do the other files
         self._number = -1  # of the entry whose state is in memory
         try:
             self._about = self._ledger.about()
@@ -79,6 +79,7 @@ class UnlearningStore:
                 raise StoreError(f"{_SUBJECTS}: it is not the key of this store")
             self._sums = Sums(self.path / _LEDGER, self._key)
             with self._turn():
+                self._sums.sweep()
                 self._sums.recover(self._ledger.checkpoint)
                 collect(self.path, self._ledger)
         except BaseException:
@@ -370,6 +371,7 @@ class UnlearningStore:
     def _turn(self) -> Iterator[None]:
         """No other process or thread is at work on the store, and what is in memory is what it holds."""
         with locked(self.path / _LOCK, _PATIENCE):
+            check_folders(self.path)
             if self._ledger.last().number != self._number:
                 self._load()
             yield
