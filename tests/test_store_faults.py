@@ -112,6 +112,41 @@ def test_killed_while_it_is_made(tmp_path):
             shutil.rmtree(tmp_path / "store")
 
 
+def test_what_a_killed_creation_left_goes_with_the_next_one(tmp_path, monkeypatch):
+    """That of a process that is still at work stays, and so does what only looks like it."""
+    from loft_fast.store import store as module
+
+    def stop(folder):
+        if (folder / "ledger.sums").exists():
+            os.write(told[1], b"!")
+            time.sleep(60)
+
+    told = os.pipe()
+    drafts = []
+    for _ in range(2):
+        process = os.fork()
+        if not process:
+            monkeypatch.setattr(module.files, "sync_folder", stop)
+            new_store(tmp_path)
+            os._exit(0)
+        drafts.append(process)
+        os.read(told[0], 1)
+    (tmp_path / ".store.unfinished.backup").mkdir()
+    (tmp_path / ".store.unfinished.backup" / "file").write_text("mine")
+    os.kill(drafts[0], signal.SIGKILL)
+    os.waitpid(drafts[0], 0)
+    new_store(tmp_path).close()
+    left = [path for path in tmp_path.iterdir() if (path / "subjects.key").exists()]
+    os.kill(drafts[1], signal.SIGKILL)
+    os.waitpid(drafts[1], 0)
+    assert len(left) == 2  # the store, and the draft of the process that was at work
+    with pytest.raises(InputError, match="is there already"):
+        new_store(tmp_path)
+    shutil.rmtree(tmp_path / "store")
+    new_store(tmp_path).close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".store.unfinished.backup", "store"]
+
+
 # ---- nowhere to write ----
 
 

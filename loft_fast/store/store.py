@@ -9,7 +9,7 @@ import sqlite3
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -129,32 +129,39 @@ class UnlearningStore:
         }
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            draft = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+            _sweep(target)
+            draft = Path(tempfile.mkdtemp(dir=target.parent, prefix=_draft_prefix(target)))
         except OSError as error:
             raise InputError(f"path: cannot write {str(target)!r}: {error.strerror or error}") from error
         try:
-            for folder in (MOMENTS, PROJECTION):
-                (draft / folder).mkdir()
-            key = new_secret(draft / _SUBJECTS)
-            # Secrets are told by what they make of nothing, which needs no cryptography and gives nothing away.
-            about |= {"key": pseudonym(key, ""), "signing": pseudonym(new_secret(draft / _SIGNING), "")}
-            contents = Contents(moments, moments.select([]), None)
-            contents.write(draft, key, {}, about["fingerprint"])
-            ledger = Ledger(draft / _LEDGER, create=True)
-            digest = moments.digest()
-            entry = Entry(0, "create", _now(), "create", [], moments.count, "", digest, details=about).sealed("")
-            with Sums(draft / _LEDGER, key).changing(ledger.checkpoint), ledger.transaction() as change:
-                change.executemany("INSERT INTO about VALUES (?, ?)", about.items())
-                set_groups(change, {}, contents.digests(key))
-                append(change, entry)
-            ledger.close()
-            os.replace(draft, target)
+            with locked(draft / _LOCK, _PATIENCE):
+                cls._fill(draft, moments, about)
+                os.replace(draft, target)
             files.sync_folder(target.parent)
         except OSError as error:
             raise InputError(f"path: cannot write {str(target)!r}: {error.strerror or error}") from error
         finally:
             shutil.rmtree(draft, ignore_errors=True)
         return cls(target)
+
+    @staticmethod
+    def _fill(draft: Path, moments: GroupedMoments, about: dict[str, str]) -> None:
+        """Write all files of a new store."""
+        for folder in (MOMENTS, PROJECTION):
+            (draft / folder).mkdir()
+        key = new_secret(draft / _SUBJECTS)
+        # Secrets are told by what they make of nothing, which needs no cryptography and gives nothing away.
+        about = {**about, "key": pseudonym(key, ""), "signing": pseudonym(new_secret(draft / _SIGNING), "")}
+        contents = Contents(moments, moments.select([]), None)
+        contents.write(draft, key, {}, about["fingerprint"])
+        ledger = Ledger(draft / _LEDGER, create=True)
+        digest = moments.digest()
+        entry = Entry(0, "create", _now(), "create", [], moments.count, "", digest, details=about).sealed("")
+        with Sums(draft / _LEDGER, key).changing(ledger.checkpoint), ledger.transaction() as change:
+            change.executemany("INSERT INTO about VALUES (?, ?)", about.items())
+            set_groups(change, {}, contents.digests(key))
+            append(change, entry)
+        ledger.close()
 
     # ---- what there is ----
 
@@ -496,6 +503,21 @@ def _check_sizes(moments: GroupedMoments, least: int) -> None:
     if small is not None:
         count = moments[small].count
         raise InputError(f"moments: group {small!r} would hold {count} rows, expected at least min_rows={least}")
+
+
+def _draft_prefix(target: Path) -> str:
+    return f".{target.name}.unfinished."
+
+
+def _sweep(target: Path) -> None:
+    """Delete the copies of moments and keys that were left where a store was to be made and the process was killed."""
+    for draft in target.parent.iterdir():
+        lock = draft / _LOCK
+        if not draft.name.startswith(_draft_prefix(target)) or draft.is_symlink() or not lock.is_file():
+            continue  # one without a lock is empty, and may have been made this moment
+        with suppress(OSError, StoreError), locked(lock, 0):  # who is still at work on it holds the lock
+            if any(path != lock for path in draft.iterdir()):
+                shutil.rmtree(draft, ignore_errors=True)
 
 
 def _now() -> str:
