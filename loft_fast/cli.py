@@ -12,9 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import loft_fast
-from loft_fast import files
 from loft_fast.cli_store import add_store
-from loft_fast.cli_tools import check_solving, finds_angle, key_of, load, load_model, solving, write_weights
+from loft_fast.cli_tools import (
+    check_outputs,
+    check_solving,
+    check_weights,
+    finds_angle,
+    key_of,
+    load,
+    load_model,
+    solving,
+    write_weights,
+)
 from loft_fast.demo.cache import default_folder
 from loft_fast.errors import LoftError
 from loft_fast.fetch import fetch_moments
@@ -141,7 +150,7 @@ def _report(options: argparse.Namespace) -> tuple[Any, str]:
 
 
 def _fetch(options: argparse.Namespace) -> tuple[Any, str]:
-    files.writable_folder("--out", options.out.parent)
+    check_outputs({"--out": options.out})
     model, loader = load_model(options.model), load("LOADER", options.loader)
     moments = fetch_moments(
         model, loader, options.site, options.group, options.device, not options.quiet, options.exact
@@ -158,10 +167,12 @@ def _fetch(options: argparse.Namespace) -> tuple[Any, str]:
 
 
 def _forget(options: argparse.Namespace) -> tuple[Any, str]:
-    check_solving(options)
+    check_solving(options, MOMENTS=options.moments)
     moments = GroupedMoments.load(options.moments)
     keys = [key_of(text, moments.__contains__) for text in options.keys]
     model = None if options.model is None else load_model(options.model)
+    if model is not None and options.weights:
+        check_weights(model, moments.site, moments.dim)
     kept, gone = moments.without(keys), moments.select(keys)
     found = finds_angle(options)
     head = None

@@ -351,7 +351,7 @@ def test_a_save_through_a_link_replaces_what_it_points_to(tmp_path):
 def test_what_is_no_file_stays(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "folder").mkdir()
-    (tmp_path / "null").symlink_to(os.devnull)
+    (tmp_path / "link").symlink_to("fifo")
     (tmp_path / "loop").symlink_to("loop")
     before = names(tmp_path)
     for name in before:
@@ -360,7 +360,7 @@ def test_what_is_no_file_stays(tmp_path):
                 write(tmp_path / name)
     assert names(tmp_path) == before
     assert stat.S_ISFIFO((tmp_path / "fifo").stat().st_mode)
-    assert stat.S_ISCHR((tmp_path / "null").stat().st_mode)
+    assert stat.S_ISFIFO((tmp_path / "link").stat().st_mode)
 
 
 def test_a_path_may_be_a_string_with_any_letters(tmp_path):
