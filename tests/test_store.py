@@ -224,8 +224,10 @@ def test_integer_and_string_keys_are_different_subjects(tmp_path):
 def test_a_row_that_is_not_in_the_data_is_found_out(store):
     x, keys = rows()
     assert store.index_rows(x[:300], keys[:300]) == 300
-    with pytest.raises(InputError, match=r"^x: that would be 600 rows in the index, expected at most 480"):
+    with pytest.raises(InputError, match=r"^x: that would be 100 rows of group 0 in the index, expected at most 80"):
         store.index_rows(x[:300], keys[:300])
+    with pytest.raises(InputError, match=r"^x: that would be 1 rows of group 7 in the index, expected at most 0"):
+        store.index_rows(x[:1], [7])
     assert store.index_rows(x[300:], keys[300:]) == 480
     other = x[:3].clone()
     other[1, 5] += 0.01  # by a few steps: sums alone do not tell
@@ -243,6 +245,20 @@ def test_a_row_that_is_not_in_the_data_is_found_out(store):
     store.forget([3], rank=3)
     store.forget_rows(x[4:6], keys[4:6], rank=2)
     assert store.verify()["indexed"] == store.moments.count
+
+
+def test_an_index_that_went_wrong_is_made_again(store):
+    x, keys = rows()
+    for _ in range(2):  # once too often, which cannot be told from rows that are there twice
+        assert store.index_rows(x[:240], keys[:240])
+    with pytest.raises(InputError, match=r"clear_index\(\) and begin again"):
+        store.index_rows(x[240:], keys[240:])
+    with pytest.raises(InputError, match=r"^x: row 0 is not in the data"):
+        store.forget_rows(x[240:241], keys[240:241], rank=4)
+    store.clear_index()
+    assert store.verify()["indexed"] == 0
+    assert store.index_rows(x, keys) == 480
+    assert store.forget_rows(x[240:241], keys[240:241], rank=4).count == 1
 
 
 def test_an_index_of_some_rows_refuses_none(store):
@@ -510,6 +526,30 @@ def test_groups_below_the_minimum(tmp_path):
         with pytest.raises(InputError, match=r"^moments: group 1 would hold 79 rows"):
             store.forget_rows(x[1:2], keys[1:2], rank=4)
         assert store.forget_rows(x[keys == 1], keys[keys == 1], rank=4).count == 80
+
+
+def test_forgotten_rows_that_are_kept_count_as_a_group(tmp_path):
+    x, keys = rows()
+    with new_store(tmp_path, min_rows=20, keep_forgotten=True) as store:
+        before = content(store.path)
+        with pytest.raises(InputError, match=r"^moments: group 0 would hold 1 forgotten rows, expected at least min_"):
+            store.forget_rows(x[:1], keys[:1], rank=4)
+        assert content(store.path) == before
+        first = keys == 0
+        store.forget_rows(x[first][:20], keys[first][:20], rank=4)
+        assert store.forget_rows(x[first][20:21], keys[first][20:21], rank=4).count == 1
+
+
+def test_projections_are_given_away_as_copies(store):
+    def halved(projection):
+        projection.half()
+        return {}
+
+    store.forget([0], rank=5, measure=halved)
+    store.projection.half()
+    store.forget([1], rank=4)
+    assert store.projection.basis.dtype == torch.float64
+    store.verify()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import secrets
 import shutil
@@ -103,7 +104,8 @@ class UnlearningStore:
             moments: of all rows; exact.
             model: which they came from, to be told from others later (without `keep_forgotten`, by all but the layer
                 that projections are folded into). None: any model will do.
-            min_rows: smallest group that may be kept: moments of few rows give these away.
+            min_rows: smallest group that may be kept, of rows that are retained and, with `keep_forgotten`, of those
+                that are not: moments of few rows give these away.
             keep_forgotten: keep the moments of what was forgotten.
         """
         target = Path(path)
@@ -194,7 +196,7 @@ class UnlearningStore:
     def projection(self) -> Projection | None:
         """What the requests so far ask for; None before the first."""
         with self._turn():
-            return self._contents.projection
+            return copy.deepcopy(self._contents.projection)  # what becomes of the caller's is no matter to the store
 
     def forgot(self, key: Key) -> bool:
         """Whether this was a group that is gone."""
@@ -294,18 +296,38 @@ class UnlearningStore:
     def index_rows(self, x: Tensor, group: Tensor | Sequence[Key]) -> int:
         """Add rows, (n, d), with their groups to the index of pseudonyms; returns how many it holds.
 
-        Once that is all rows of the moments, `forget_rows` refuses rows that it does not hold.
+        Once that is all rows of the moments, `forget_rows` refuses rows that it does not hold. Every row is to be added
+        once; where that went wrong, `clear_index` and begin again.
+
+        Raises:
+            InputError: bad input, or more rows than a group has: some were added twice, or never to the moments.
         """
         with self._turn():
             rows = self._row_subjects(x, group)
-            total = self._ledger.indexed() + len(rows)
-            if total > self._retain.count:
-                raise InputError(f"x: that would be {total} rows in the index, expected at most {self._retain.count}")
+            self._check_room(group, len(rows))
             with self._changing() as change:
                 change.executemany(
                     "INSERT INTO rows VALUES (?, ?, 1) ON CONFLICT (subject) DO UPDATE SET count = count + 1", rows
                 )
             return self._ledger.indexed()
+
+    def clear_index(self) -> None:
+        """Take all rows out of the index."""
+        with self._turn(), self._changing() as change:
+            change.execute("DELETE FROM rows")
+
+    def _check_room(self, group: Tensor | Sequence[Key], n: int) -> None:
+        """Refuse to index n rows of these groups if that would be more of one than are retained."""
+        keys, index = index_groups(group, n)
+        held = self._ledger.owned()
+        for key, count in zip(keys, index.bincount(minlength=len(keys)).tolist(), strict=True):
+            total = held.get(pseudonym(self._key, key), 0) + count
+            most = self._retain[key].count if key in self._retain else 0
+            if total > most:
+                raise InputError(
+                    f"x: that would be {total} rows of group {key!r} in the index, expected at most {most}, as there "
+                    "are; where some were added twice, clear_index() and begin again"
+                )
 
     # ---- checks ----
 
@@ -449,6 +471,8 @@ class UnlearningStore:
             options = {**options, "head": head}
         contents = self._contents
         forgotten = contents.forgotten + part if self.keep_forgotten else None
+        if forgotten is not None:
+            _check_sizes(forgotten, int(self._about["min_rows"]), "forgotten rows")
         projection = solve_next(contents.projection, retain, part, forgotten, **options)
         projection.site = self.site
         assert projection.certificate is not None
@@ -468,7 +492,7 @@ class UnlearningStore:
             certificate=asdict(projection.certificate),
             details={
                 "options": {name: value for name, value in options.items() if isinstance(value, int | float | str)},
-                "measured": {} if measure is None else measure(projection),
+                "measured": {} if measure is None else measure(copy.deepcopy(projection)),
                 "emptied": emptied,
             },
         )
@@ -498,11 +522,11 @@ def _emptied(entry: Entry) -> list[str]:
     return list(entry.details.get("emptied", []))
 
 
-def _check_sizes(moments: GroupedMoments, least: int) -> None:
+def _check_sizes(moments: GroupedMoments, least: int, what: str = "rows") -> None:
     small = next((key for key in moments if moments[key].count < least), None)
     if small is not None:
         count = moments[small].count
-        raise InputError(f"moments: group {small!r} would hold {count} rows, expected at least min_rows={least}")
+        raise InputError(f"moments: group {small!r} would hold {count} {what}, expected at least min_rows={least}")
 
 
 def _draft_prefix(target: Path) -> str:
