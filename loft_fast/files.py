@@ -12,6 +12,7 @@ import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -129,7 +130,7 @@ def read_tensors(
     """
     wanted, name = f"loft_fast.{kind}", name_of(source)
     try:
-        with _Content(source) if isinstance(source, bytes) else safe_open(os.fspath(source), framework="pt") as file:
+        with _opened(source) as file:
             header: dict[str, str] = file.metadata() or {}
             found = header.get("format", "a foreign file")
             if found != wanted:
@@ -169,6 +170,16 @@ def bytes_of(data: bytes) -> bytes:
     if not isinstance(data, bytes | bytearray | memoryview):
         raise InputError(f"data: got {type(data).__name__}, expected bytes")
     return bytes(data)
+
+
+def _opened(source: str | os.PathLike[str] | bytes) -> Any:
+    if isinstance(source, bytes):
+        return _Content(source)
+    try:
+        os.fspath(source).encode()
+    except UnicodeEncodeError:  # `safe_open` takes no such path
+        return _Content(Path(source).read_bytes())
+    return safe_open(os.fspath(source), framework="pt")
 
 
 class _Content:

@@ -369,6 +369,14 @@ def test_a_path_may_be_a_string_with_any_letters(tmp_path):
     assert state(Moments.load(path)) == state(moments())
 
 
+def test_a_path_need_not_be_utf_8(tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/q\xff")
+    moments().save(path)
+    assert state(Moments.load(path)) == state(moments())
+    with pytest.raises(FileFormatError, match="cannot read"):
+        Moments.load(f"{path}.missing")
+
+
 @both
 def test_nowhere_to_write(tmp_path, kind):
     blocked = tmp_path / "blocked"

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import multiprocessing
+import os
 import stat
 import sys
 
@@ -86,6 +87,12 @@ def test_a_store_stays_where_it_was_opened(tmp_path, monkeypatch):
     assert content(tmp_path / "there") == elsewhere
     with UnlearningStore(tmp_path / "here" / "store") as again:
         assert again.verify()["entries"] == 2
+
+
+def test_a_store_in_a_folder_whose_name_is_not_utf_8(tmp_path):
+    with UnlearningStore.create(os.fsdecode(os.fsencode(tmp_path) + b"/q\xff"), moments()) as store:
+        store.forget([2], rank=4)
+        assert store.verify()["groups"] == 5
 
 
 def test_the_same_request_twice_is_one(store):
