@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -94,8 +96,9 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
 
 def key_of(text: str, known: Callable[[Key], bool]) -> Key:
     """The group that the text names: a string key if it is known, or else an integer one if it looks like it."""
-    if not known(text) and text.lstrip("-").isdigit():
-        return int(text)
+    if not known(text) and re.fullmatch("-?[0-9]+", text):
+        with contextlib.suppress(ValueError):  # thousands of digits, which no key has
+            return int(text)
     return text
 
 
@@ -110,12 +113,12 @@ def load_model(name: str) -> nn.Module:
 def load(argument: str, name: str) -> Any:
     """What `module:name` holds; a function (but not a model) is called."""
     module, colon, attribute = name.partition(":")
-    if not colon or not module or not attribute:
+    if not colon or not module or module.startswith(".") or not attribute:
         raise InputError(f"{argument}: got {name!r}, expected module:name")
     if (here := os.getcwd()) not in sys.path:
         sys.path.insert(0, here)
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, SyntaxError) as error:
         raise InputError(f"{argument}: cannot find {name!r}: {error}") from error
     return found() if callable(found) and not isinstance(found, nn.Module) else found

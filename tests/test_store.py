@@ -475,6 +475,8 @@ def test_fingerprints_do_not_depend_on_wrappers_and_dtypes_count():
         (lambda s: s.forget([1], id=""), r"^id: got '', expected a text of 1 to 200"),
         (lambda s: s.forget([1], id="x" * 201), r"^id: got "),
         (lambda s: s.forget([1], id=7), r"^id: got 7"),
+        (lambda s: s.forget([1], id="\ud800"), r"^id: got '\\ud800', expected a text"),
+        (lambda s: s.find("\udcff"), r"^id: no request '\\udcff' in the ledger"),
         (lambda s: s.forget([1], rank=12), r"^rank: got 12"),
         (lambda s: s.forget([1], model=3), r"^model: got int"),
         (lambda s: s.forget_rows(normal(3, 11), [0, 0, 0]), r"^x: got shape"),

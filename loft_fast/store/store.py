@@ -208,7 +208,7 @@ class UnlearningStore:
 
     def find(self, request: str) -> Entry:
         """The entry of a request, by its id."""
-        entry = self._ledger.find(request)
+        entry = self._ledger.find(request) if _is_text(request) else None
         if entry is None:
             raise InputError(f"id: no request {request!r} in the ledger")
         return entry
@@ -422,7 +422,7 @@ class UnlearningStore:
         """The entry of an earlier request of this id, if it was the same."""
         if id is None:
             return None
-        if not isinstance(id, str) or not 1 <= len(id) <= 200:
+        if not _is_text(id) or not 1 <= len(id) <= 200:
             raise InputError(f"id: got {id!r}, expected a text of 1 to 200 letters")
         entry = self._ledger.find(id)
         if entry is not None and (entry.action, sorted(entry.subjects)) != (action, subjects):
@@ -515,6 +515,11 @@ class UnlearningStore:
         """A transaction: what is executed inside has happened, all of it, once the block has ended."""
         with self._sums.changing(self._ledger.checkpoint), self._ledger.transaction() as change:
             yield change
+
+
+def _is_text(id: object) -> bool:
+    """Whether it is a text without halves of letters, which no database takes."""
+    return isinstance(id, str) and not any("\ud800" <= letter <= "\udfff" for letter in id)
 
 
 def _emptied(entry: Entry) -> list[str]:
