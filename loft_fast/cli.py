@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,9 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import loft_fast
-from loft_fast import files
 from loft_fast.cli_store import add_store
-from loft_fast.cli_tools import check_solving, finds_angle, key_of, load, load_model, solving, write_weights
+from loft_fast.cli_tools import (
+    check_outputs,
+    check_solving,
+    check_weights,
+    finds_angle,
+    key_of,
+    load,
+    load_model,
+    solving,
+    write_weights,
+)
 from loft_fast.demo.cache import default_folder
 from loft_fast.errors import LoftError
 from loft_fast.fetch import fetch_moments
@@ -32,7 +44,10 @@ the model or the loader. For example, with mine.py holding net() and loader():
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status: 0, 1 for a refusal with its reason on stderr, 130 for Ctrl-C."""
+    """Run the command; returns its exit status: 0, 1 for a refusal with its reason on stderr, 130 for Ctrl-C.
+
+    It is 141, as of other commands, where who reads the output stops before its end.
+    """
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
@@ -43,7 +58,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("loft-fast: interrupted; whatever was finished before is complete", file=sys.stderr)
         return 130
-    print(json.dumps(result) if options.json else words)
+    return _show(json.dumps(result) if options.json else words)
+
+
+def _show(text: str) -> int:
+    """Print the result of finished work; returns the exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name need not fit the terminal
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries again at its end
+        if isinstance(error, BrokenPipeError):
+            return 128 + signal.SIGPIPE
+        print(f"loft-fast: stdout: the work is done, but cannot be shown: {error.strerror or error}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -67,9 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--rank", type=int, default=32, help="of the published method; ours finds its own (default: 32)")
     demo.add_argument("--seed", type=int, default=0, help="of training and of the published method (default: 0)")
     demo.add_argument("--out", type=Path, default=Path("demo-out"), help="folder of the report (default: demo-out)")
-    demo.add_argument(
-        "--cache", type=Path, default=default_folder(), help="folder of trained networks (default: %(default)s)"
-    )
+    demo.add_argument("--cache", type=Path, help="folder of trained networks (default: loft_fast in your cache folder)")
     demo.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="default: %(default)s")
     demo.set_defaults(run=_demo)
 
@@ -121,7 +149,7 @@ def _demo(options: argparse.Namespace) -> tuple[Any, str]:
             rank=options.rank,
             seed=options.seed,
             out=options.out,
-            cache=options.cache,
+            cache=options.cache or default_folder(),
             threads=options.threads,
             progress=not options.quiet,
         ),
@@ -141,14 +169,16 @@ def _report(options: argparse.Namespace) -> tuple[Any, str]:
 
 
 def _fetch(options: argparse.Namespace) -> tuple[Any, str]:
-    files.writable_folder("--out", options.out.parent)
+    check_outputs({"--out": options.out})
     model, loader = load_model(options.model), load("LOADER", options.loader)
     moments = fetch_moments(
         model, loader, options.site, options.group, options.device, not options.quiet, options.exact
     )
     assert isinstance(moments, GroupedMoments)
     moments.save(options.out)
-    groups = {str(key): moments[key].count for key in moments}
+    numbers = {str(key) for key in moments if isinstance(key, int)}
+    # A text that looks like a number that is there, too, is told from it by quotation marks.
+    groups = {json.dumps(key) if key in numbers else str(key): moments[key].count for key in moments}
     result: dict[str, Any] = {"file": str(options.out), "site": moments.site}
     result |= {"dim": moments.dim, "count": moments.count}
     if moments.exact is not None:
@@ -158,10 +188,12 @@ def _fetch(options: argparse.Namespace) -> tuple[Any, str]:
 
 
 def _forget(options: argparse.Namespace) -> tuple[Any, str]:
-    check_solving(options)
+    check_solving(options, MOMENTS=options.moments)
     moments = GroupedMoments.load(options.moments)
     keys = [key_of(text, moments.__contains__) for text in options.keys]
     model = None if options.model is None else load_model(options.model)
+    if model is not None and options.weights:
+        check_weights(model, moments.site, moments.dim)
     kept, gone = moments.without(keys), moments.select(keys)
     found = finds_angle(options)
     head = None

@@ -11,14 +11,23 @@ from pathlib import Path
 from typing import Any
 
 from loft_fast import files
-from loft_fast.cli_tools import check_solving, finds_angle, key_of, load_model, solving, write_weights
+from loft_fast.cli_tools import (
+    check_outputs,
+    check_solving,
+    check_weights,
+    finds_angle,
+    key_of,
+    load_model,
+    solving,
+    write_weights,
+)
 from loft_fast.errors import InputError, MissingExtraError, StoreError
 from loft_fast.grouped_moments import GroupedMoments
 from loft_fast.sites import find_site
 from loft_fast.store import Entry, UnlearningStore
 from loft_fast.unlearn import predicting_head
 
-_LARGEST = 2**26  # bytes of a receipt; one of a request for a million rows has as many
+_LARGEST = 2**28  # bytes of a receipt; one of a request for a million rows has 74 million
 
 
 def add_store(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -71,12 +80,13 @@ def _init(options: argparse.Namespace) -> tuple[Any, str]:
 
 
 def _forget(options: argparse.Namespace) -> tuple[Any, str]:
-    check_solving(options)
+    check_solving(options, STORE=options.store)
     model = None if options.model is None else load_model(options.model)
     with UnlearningStore(options.store) as store:
         retained = store.moments
         head = None
         if model is not None and options.weights is not None:
+            check_weights(model, store.site, retained.dim)
             head = predicting_head(model, find_site(model, store.site), retained)
         entry = store.forget(
             [key_of(text, lambda key: key in retained or store.forgot(key)) for text in options.keys],
@@ -106,6 +116,7 @@ def _ledger(options: argparse.Namespace) -> tuple[Any, str]:
 
 
 def _receipt(options: argparse.Namespace) -> tuple[Any, str]:
+    check_outputs({"--out": options.out}, STORE=options.store)
     with UnlearningStore(options.store) as store:
         receipt = store.receipt(options.id)
     text = json.dumps(receipt, indent=2)
@@ -128,10 +139,10 @@ def _verify(options: argparse.Namespace) -> tuple[Any, str]:
 def _undo_check(options: argparse.Namespace) -> tuple[Any, str]:
     given = GroupedMoments.load(options.moments)
     with UnlearningStore(options.store) as store:
-        retained = store.moments
-        # Of a file of the moments before, what is not retained any more.
-        part = given if not all(key in given for key in retained) else given - retained
-        undone = store.undo_check(options.id, part)
+        undone = store.undo_check(options.id, given)
+        if not undone:  # or the file is of the moments before: what is not retained any more, then, is what went
+            with contextlib.suppress(InputError):  # it is not
+                undone = store.undo_check(options.id, given - store.moments)
     if not undone:
         raise StoreError(f"{options.moments}: with these moments added, the state is not that before {options.id!r}")
     words = f"request {options.id} and those after it took away these rows and nothing else"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +13,11 @@ from loft_fast.grouped_moments import GroupedMoments, Key, plain_keys
 from loft_fast.nested import solve_within
 from loft_fast.projection import Projection
 from loft_fast.solver import solve
+
+_STANDS = (
+    "one dimension cannot be narrowed: the last projection stands, whatever it keeps of these rows, "
+    "and the numbers are those of the request that led to it"
+)
 
 
 class Continual:
@@ -24,7 +30,8 @@ class Continual:
 
     For that, the moments of what was forgotten have to be kept. Without them, each projection is the best one inside
     the last: what was forgotten stays so, but a little more is lost of the rest, the order matters, and a `rank` that
-    was asked for shrinks by one with each request, down to 1.
+    was asked for shrinks by one with each request, down to 1: the last projection then stands, as its certificate says,
+    and what the rows of a request have in its one dimension stays.
 
     Args:
         moments: of all rows, by group; left as they are.
@@ -98,11 +105,26 @@ def solve_next(
     forgotten: GroupedMoments | None,
     **options: Any,
 ) -> Projection:
-    """The projection after a request for `part`; `forgotten` is all that was asked for, `part` included, if known."""
+    """The projection after a request for `part`; `forgotten` is all that was asked for, `part` included, if known.
+
+    Raises:
+        InputError: nothing is asked for, nothing is left, or what `solve` refuses.
+    """
+    for name, rows in (("retain", retain), ("forget", part)):
+        if not rows.count:  # `solve` says so, too, but is not always asked, and `forgotten` may hold more than `part`
+            raise InputError(f"{name}: the set is empty, expected at least one row")
     if forgotten is not None or last is None:
         return solve(retain, part if forgotten is None else forgotten, **options)
     if last.rank == 1:  # there is nothing left to give up, and a request must not fail for that
-        return last
+        return _standing(last)
     if options.get("rank") is not None:
         options["rank"] = min(options["rank"], last.rank - 1)
     return solve_within(last, retain, part, **options)
+
+
+def _standing(last: Projection) -> Projection:
+    """The last projection, whose certificate says that this request did not change it."""
+    known = last.certificate
+    if known is not None:
+        known = replace(known, why=_STANDS)
+    return Projection(last.basis, last.center, known, last.site, check=False)

@@ -6,9 +6,13 @@ import contextlib
 import hashlib
 import json
 import os
+import re
+import secrets
+import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,20 +24,32 @@ from loft_fast.errors import FileFormatError, InputError
 
 SCHEMA = "2"
 _DIGEST = "sha256"
+_TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}", re.DOTALL)
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes, mode: int | None = None) -> None:
-    """Write `data` to a temporary neighbour, flush it to disk and rename it over `path`, which is then on disk, too.
+    """Write `data` to the file at `path`, or at the end of the links there, whole or not at all.
 
     Args:
         mode: permissions; None for those of any new file.
 
     Raises:
-        InputError: the folder does not exist or cannot be written; whatever was at `path` is still there.
+        InputError: the folder does not exist or cannot be written, or there is something else than a file; whatever was
+            at `path` is still there.
+    """
+    replace_bytes(_end_of_links("path", Path(path)), data, mode)
+
+
+def replace_bytes(path: str | os.PathLike[str], data: bytes, mode: int | None = None) -> None:
+    """Write `data` to a temporary neighbour, flush it to disk and rename it over `path`, which is then on disk, too.
+
+    As for `write_bytes`, but a link at `path` is replaced, not followed.
     """
     target = Path(path)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        # The kernel takes the umask off; to read it here, other threads would have to do without it for a moment.
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666 if mode is None else mode)
     except OSError as error:
         raise InputError(f"path: cannot write {str(target)!r}: {error.strerror or error}") from error
     try:
@@ -41,10 +57,6 @@ def write_bytes(path: str | os.PathLike[str], data: bytes, mode: int | None = No
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes private files; give the result what an ordinary open() would have given.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask if mode is None else mode)
         os.replace(temporary, target)
         sync_folder(target.parent)
     except BaseException as error:
@@ -53,6 +65,24 @@ def write_bytes(path: str | os.PathLike[str], data: bytes, mode: int | None = No
         if isinstance(error, OSError):
             raise InputError(f"path: cannot write {str(target)!r}: {error.strerror or error}") from error
         raise
+
+
+def unfinished(name: str) -> str | None:
+    """The name of the file that `replace_bytes` was writing when it was killed, if `name` is of what that leaves."""
+    found = _TEMPORARY.fullmatch(name)
+    return found[1] if found else None
+
+
+def _end_of_links(name: str, path: Path) -> Path:
+    """Where a file for `path` belongs, if there is a file or nothing; the message begins with the argument's `name`."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise InputError(f"{name}: cannot write {str(path)!r}: it is not a regular file")
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # a new file, or a folder that the write finds missing
+    except OSError as error:
+        raise InputError(f"{name}: cannot write {str(path)!r}: {error.strerror or error}") from error
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def sync_folder(folder: Path) -> None:
@@ -100,7 +130,7 @@ def read_tensors(
     """
     wanted, name = f"loft_fast.{kind}", name_of(source)
     try:
-        with _Content(source) if isinstance(source, bytes) else safe_open(os.fspath(source), framework="pt") as file:
+        with _opened(source) as file:
             header: dict[str, str] = file.metadata() or {}
             found = header.get("format", "a foreign file")
             if found != wanted:
@@ -140,6 +170,16 @@ def bytes_of(data: bytes) -> bytes:
     if not isinstance(data, bytes | bytearray | memoryview):
         raise InputError(f"data: got {type(data).__name__}, expected bytes")
     return bytes(data)
+
+
+def _opened(source: str | os.PathLike[str] | bytes) -> Any:
+    if isinstance(source, bytes):
+        return _Content(source)
+    try:
+        os.fspath(source).encode()
+    except UnicodeEncodeError:  # `safe_open` takes no such path
+        return _Content(Path(source).read_bytes())
+    return safe_open(os.fspath(source), framework="pt")
 
 
 class _Content:
@@ -194,3 +234,13 @@ def writable_folder(name: str, folder: Path) -> Path:
             return folder
     except OSError as error:
         raise InputError(f"{name}: cannot write to {str(folder)!r}: {error.strerror or error}") from error
+
+
+def writable_file(name: str, path: Path) -> Path:
+    """Make sure that `write_bytes` can write to `path`, before any work whose result would go there.
+
+    Raises:
+        InputError: it cannot; the message begins with the argument's `name`.
+    """
+    writable_folder(name, _end_of_links(name, path).parent)
+    return path

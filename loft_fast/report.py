@@ -28,6 +28,7 @@ _COLUMNS = (
     ("kl", "KL", 3),
     ("seconds", "seconds", 2),
 )
+_PARTS = ("forget", "seed", "versions", "certificates", "certificate_text", "predictions", "spectra", "frontier")
 _KINDS = {"retrain": "goal", "ours": "ours"}
 _PICTURES = {
     "predictions.png": (
@@ -109,6 +110,9 @@ def read(path: str | os.PathLike[str]) -> Result:
     try:
         result = json.loads(place.read_text())
         text(result)
+        missing = next((name for name in _PARTS if name not in result), None)
+        if missing is not None:
+            raise KeyError(missing)
     except (AttributeError, OSError, RecursionError, ValueError, TypeError, LookupError, StopIteration) as error:
         raise FileFormatError(f"path: cannot read {str(place)!r} as a demo's result: {error!r}") from error
     return result  # type: ignore[no-any-return]

@@ -1,6 +1,8 @@
 """The command, as a user types it; networks are trained for one epoch only."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -161,12 +163,15 @@ def test_forget_without_a_model_uses_what_it_is_told(mine, capsys):
         ("demo --rank 0", "rank: got 0, expected 1 to 511"),
         ("demo --rank 512", "rank: got 512"),
         ("demo --threads 0", "threads: got 0"),
+        ("demo --seed 9999999999999999999999", "seed: got 9999999999999999999999, expected"),
         ("demo --out mine.py/under", "out: cannot write to 'mine.py/under'"),
         ("report nothing-here", "cannot read 'nothing-here'"),
         ("report mine.py", "cannot read 'mine.py' as a demo's result"),
         ("fetch mine:nett mine:loader --out m", "MODEL: cannot find 'mine:nett'"),
         ("fetch nowhere:net mine:loader --out m", "MODEL: cannot find 'nowhere:net'"),
         ("fetch mine mine:loader --out m", "expected module:name"),
+        ("fetch .mine:net mine:loader --out m", "MODEL: got '.mine:net', expected module:name"),
+        ("fetch broken:net mine:loader --out m", "MODEL: cannot find 'broken:net': invalid syntax"),
         ("fetch mine:loader mine:loader --out m", "MODEL: 'mine:loader' is a list"),
         ("fetch mine:net mine:number --out m", "loader: got int, expected an iterable"),
         ("fetch mine:net mine:loader --site conv9 --out m", "no module 'conv9'"),
@@ -175,6 +180,9 @@ def test_forget_without_a_model_uses_what_it_is_told(mine, capsys):
         ("forget missing.safetensors 3 --out p", "cannot read 'missing.safetensors'"),
         ("forget mine.py 3 --out p", "cannot read 'mine.py'"),
         ("forget good.safetensors 7 --out p", "keys: no group 7; there are 0, 1, 2, 3"),
+        ("forget good.safetensors ² --out p", "keys: no group '²'; there are 0, 1, 2, 3"),
+        ("forget good.safetensors --out p -- --5", "keys: no group '--5'; there are 0, 1, 2, 3"),
+        (f"forget good.safetensors {'5' * 5000} --out p", "keys: no group '5555"),
         ("forget good.safetensors 0 1 2 3 --out p", "retain: the set is empty"),
         ("forget good.safetensors 3 --rank 12 --out p", "rank: got 12, expected an integer in [1, 11]"),
         ("forget good.safetensors 3 --erase --out p", "--erase: got it without --model"),
@@ -186,6 +194,7 @@ def test_refusals_are_one_line_and_write_nothing(mine, capsys, command, message)
     if "good" in command:
         assert cli.main(["fetch", "mine:net", "mine:loader", "--out", "good.safetensors", "--quiet"]) == 0
         capsys.readouterr()
+    Path("broken.py").write_text("def net(:")
     before = sorted(Path().iterdir())
     assert cli.main([*command.split(), "--quiet"] if command.startswith(("demo", "fetch")) else command.split()) == 1
     shown = capsys.readouterr()
@@ -193,6 +202,65 @@ def test_refusals_are_one_line_and_write_nothing(mine, capsys, command, message)
     assert shown.err.count("\n") == 1
     assert shown.out == ""
     assert [path for path in sorted(Path().iterdir()) if path.name not in ("demo-out", "__pycache__")] == before
+
+
+def test_a_result_that_lacks_something_is_refused(demo, tmp_path, capsys):
+    result = json.loads((demo[0] / "out" / "result.json").read_text())
+    for name in result.keys() - {"rank", "threads"}:  # which are for the reader alone
+        rest = {key: value for key, value in result.items() if key != name}
+        (tmp_path / "result.json").write_text(json.dumps(rest))
+        assert cli.main(["report", str(tmp_path)]) == 1
+        assert f"as a demo's result: KeyError({name!r})" in capsys.readouterr().err
+
+
+def test_without_a_home_only_the_demo_needs_a_cache(mine, monkeypatch, capsys):
+    def nobody():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", nobody)
+    assert cli.main(["fetch", "mine:net", "mine:loader", "--out", "m.safetensors", "--quiet"]) == 0
+    assert cli.main(["demo", "--quiet"]) == 1
+    assert "loft-fast: cache: got no folder, expected one" in capsys.readouterr().err
+
+
+def test_keys_that_look_alike_are_told_apart(mine, capsys):
+    Path("alike.py").write_text(
+        "import mine\ndef loader():\n    return [(mine.loader()[0][0][:4], [1, '1', '2', 1])]\n"
+    )
+    assert cli.main(["fetch", "mine:net", "alike:loader", "--out", "m.safetensors", "--quiet", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["groups"] == {"1": 2, '"1"': 1, "2": 1}
+
+
+@pytest.mark.parametrize(
+    ("reader", "status", "said"), [("closed", 141, ""), ("full", 1, "stdout: the work is done, but cannot be shown")]
+)
+def test_output_that_nobody_takes(mine, reader, status, said):
+    read, write = os.pipe()
+    os.close(read)
+    with open("/dev/full" if reader == "full" else write, "w") as out:
+        found = command(["fetch", "mine:net", "mine:loader", "--out", "m.safetensors", "--quiet"], stdout=out)
+    assert found.returncode == status
+    assert said in found.stderr
+    assert found.stderr.count("\n") == bool(said)
+    assert GroupedMoments.load("m.safetensors").count == 200
+
+
+def test_names_that_the_terminal_cannot_show(mine):
+    found = command(
+        ["fetch", "mine:net", "mine:loader", "--out", "größe", "--quiet"],
+        stdout=subprocess.PIPE,
+        PYTHONIOENCODING="ascii",
+    )
+    assert found.returncode == 0
+    assert r"gr\xf6\xdfe" in found.stdout
+
+
+def command(arguments, stdout, **more):
+    """The command in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1]), **more}
+    line = [sys.executable, "-m", "loft_fast.cli", *arguments]
+    return subprocess.run(line, stdout=stdout, stderr=subprocess.PIPE, text=True, env=environment, check=False)
 
 
 def test_interrupt_leaves_no_half_network(tmp_path, monkeypatch, capsys):

@@ -174,6 +174,21 @@ def test_refusals_change_nothing(request_, message):
     assert continual.forgotten.count == 0
 
 
+def test_one_dimension_stands_and_says_so():
+    continual = Continual(groups(), keep_forgotten=False, rank=1)
+    first = continual.forget([0])
+    for key in (1, 2):
+        later = continual.forget([key])
+        assert same(later, first)
+        assert later.certificate.why.startswith("one dimension cannot be narrowed: the last projection stands")
+        assert later.certificate.loss == first.certificate.loss
+    assert "stands" not in first.certificate.why
+    before = continual.retain.digest()
+    with pytest.raises(InputError, match=r"^retain: the set is empty"):
+        continual.forget([3, 4, 5])
+    assert continual.retain.digest() == before
+
+
 def test_options_that_solve_refuses():
     with pytest.raises(InputError, match=r"^rank: got 12"):
         Continual(groups(), rank=12).forget([1])

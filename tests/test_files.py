@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import stat
 import struct
 
 import pytest
@@ -322,10 +323,58 @@ def test_a_saved_file_has_the_permissions_of_any_new_file(tmp_path):
     assert (tmp_path / "file").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
+def test_permissions_are_found_without_a_change_of_the_umask(tmp_path, monkeypatch):
+    """Other threads make files, too."""
+    before = os.umask(0o027)
+    try:
+        monkeypatch.setattr(files.os, "umask", fail(AssertionError("changed")))
+        moments().save(tmp_path / "file")
+        files.write_bytes(tmp_path / "secret", b"", 0o600)
+    finally:
+        monkeypatch.undo()
+        os.umask(before)
+    assert [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("file", "secret")] == [0o640, 0o600]
+
+
+def test_a_save_through_a_link_replaces_what_it_points_to(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("other")
+    (tmp_path / "other").symlink_to(tmp_path / "folder" / "file")
+    for seed in (0, 1):  # a new file, and one that is there
+        moments(seed).save(tmp_path / "link")
+        assert state(Moments.load(tmp_path / "folder" / "file")) == state(moments(seed))
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "other").is_symlink()
+    assert names(tmp_path / "folder") == ["file"]
+
+
+def test_what_is_no_file_stays(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("fifo")
+    (tmp_path / "loop").symlink_to("loop")
+    before = names(tmp_path)
+    for name in before:
+        for write in (moments().save, lambda path: files.writable_file("path", path)):
+            with pytest.raises(InputError, match=r"^path: cannot write "):
+                write(tmp_path / name)
+    assert names(tmp_path) == before
+    assert stat.S_ISFIFO((tmp_path / "fifo").stat().st_mode)
+    assert stat.S_ISFIFO((tmp_path / "link").stat().st_mode)
+
+
 def test_a_path_may_be_a_string_with_any_letters(tmp_path):
     path = os.fspath(tmp_path / "größe 'x' $(y)\n.safetensors")
     moments().save(path)
     assert state(Moments.load(path)) == state(moments())
+
+
+def test_a_path_need_not_be_utf_8(tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/q\xff")
+    moments().save(path)
+    assert state(Moments.load(path)) == state(moments())
+    with pytest.raises(FileFormatError, match="cannot read"):
+        Moments.load(f"{path}.missing")
 
 
 @both
@@ -366,7 +415,7 @@ def fail(error):
 
 
 FAILURES = {
-    "no temporary file": lambda patch, error: patch.setattr(files.tempfile, "mkstemp", fail(error)),
+    "no temporary file": lambda patch, error: patch.setattr(files.os, "open", fail(error)),
     "write": lambda patch, error: patch.setattr(
         files.os, "fdopen", lambda fd, mode, o=os.fdopen: Full(o(fd, mode), "write")
     ),

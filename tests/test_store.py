@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import multiprocessing
+import os
 import stat
 import sys
 
@@ -70,6 +71,28 @@ def test_all_of_it_is_there_after_opening_again(store):
         assert same(again.projection, store.projection)
         assert list(again.ledger()) == list(store.ledger())
         assert again.find(entry.id) == entry
+
+
+def test_a_store_stays_where_it_was_opened(tmp_path, monkeypatch):
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        UnlearningStore.create("store", moments()).close()
+    elsewhere = content(tmp_path / "there")
+    monkeypatch.chdir(tmp_path / "here")
+    with UnlearningStore("store") as store:
+        monkeypatch.chdir(tmp_path / "there")
+        store.forget([2], rank=4)
+        assert store.verify()["groups"] == 5
+    assert content(tmp_path / "there") == elsewhere
+    with UnlearningStore(tmp_path / "here" / "store") as again:
+        assert again.verify()["entries"] == 2
+
+
+def test_a_store_in_a_folder_whose_name_is_not_utf_8(tmp_path):
+    with UnlearningStore.create(os.fsdecode(os.fsencode(tmp_path) + b"/q\xff"), moments()) as store:
+        store.forget([2], rank=4)
+        assert store.verify()["groups"] == 5
 
 
 def test_the_same_request_twice_is_one(store):
@@ -208,8 +231,10 @@ def test_integer_and_string_keys_are_different_subjects(tmp_path):
 def test_a_row_that_is_not_in_the_data_is_found_out(store):
     x, keys = rows()
     assert store.index_rows(x[:300], keys[:300]) == 300
-    with pytest.raises(InputError, match=r"^x: that would be 600 rows in the index, expected at most 480"):
+    with pytest.raises(InputError, match=r"^x: that would be 100 rows of group 0 in the index, expected at most 80"):
         store.index_rows(x[:300], keys[:300])
+    with pytest.raises(InputError, match=r"^x: that would be 1 rows of group 7 in the index, expected at most 0"):
+        store.index_rows(x[:1], [7])
     assert store.index_rows(x[300:], keys[300:]) == 480
     other = x[:3].clone()
     other[1, 5] += 0.01  # by a few steps: sums alone do not tell
@@ -227,6 +252,20 @@ def test_a_row_that_is_not_in_the_data_is_found_out(store):
     store.forget([3], rank=3)
     store.forget_rows(x[4:6], keys[4:6], rank=2)
     assert store.verify()["indexed"] == store.moments.count
+
+
+def test_an_index_that_went_wrong_is_made_again(store):
+    x, keys = rows()
+    for _ in range(2):  # once too often, which cannot be told from rows that are there twice
+        assert store.index_rows(x[:240], keys[:240])
+    with pytest.raises(InputError, match=r"clear_index\(\) and begin again"):
+        store.index_rows(x[240:], keys[240:])
+    with pytest.raises(InputError, match=r"^x: row 0 is not in the data"):
+        store.forget_rows(x[240:241], keys[240:241], rank=4)
+    store.clear_index()
+    assert store.verify()["indexed"] == 0
+    assert store.index_rows(x, keys) == 480
+    assert store.forget_rows(x[240:241], keys[240:241], rank=4).count == 1
 
 
 def test_an_index_of_some_rows_refuses_none(store):
@@ -436,6 +475,8 @@ def test_fingerprints_do_not_depend_on_wrappers_and_dtypes_count():
         (lambda s: s.forget([1], id=""), r"^id: got '', expected a text of 1 to 200"),
         (lambda s: s.forget([1], id="x" * 201), r"^id: got "),
         (lambda s: s.forget([1], id=7), r"^id: got 7"),
+        (lambda s: s.forget([1], id="\ud800"), r"^id: got '\\ud800', expected a text"),
+        (lambda s: s.find("\udcff"), r"^id: no request '\\udcff' in the ledger"),
         (lambda s: s.forget([1], rank=12), r"^rank: got 12"),
         (lambda s: s.forget([1], model=3), r"^model: got int"),
         (lambda s: s.forget_rows(normal(3, 11), [0, 0, 0]), r"^x: got shape"),
@@ -452,6 +493,29 @@ def test_refusals_leave_the_store_as_it_was(store, request_, message):
         request_(store)
     assert content(store.path) == before
     assert store.verify()["entries"] == 1
+
+
+def test_the_last_groups_cannot_go(store):
+    store.forget([0], rank=1)
+    before = content(store.path)
+    x, keys = rows()
+    with pytest.raises(InputError, match=r"^retain: the set is empty"):
+        store.forget([1, 2, 3, 4, 5])
+    with pytest.raises(InputError, match=r"^retain: the set is empty"):
+        store.forget_rows(x[keys > 0], keys[keys > 0])
+    assert content(store.path) == before
+    assert store.forget([1]).certificate["why"].startswith("one dimension cannot be narrowed")
+    assert UnlearningStore(store.path).verify()["groups"] == 4
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_later_request_for_nothing_is_refused(tmp_path, keep):
+    with new_store(tmp_path, keep_forgotten=keep) as store:
+        store.forget([0], rank=4)
+        before = content(store.path)
+        with pytest.raises(InputError, match=r"^forget: the set is empty"):
+            store.forget([])
+        assert content(store.path) == before
 
 
 def test_near_names(tmp_path):
@@ -471,6 +535,30 @@ def test_groups_below_the_minimum(tmp_path):
         with pytest.raises(InputError, match=r"^moments: group 1 would hold 79 rows"):
             store.forget_rows(x[1:2], keys[1:2], rank=4)
         assert store.forget_rows(x[keys == 1], keys[keys == 1], rank=4).count == 80
+
+
+def test_forgotten_rows_that_are_kept_count_as_a_group(tmp_path):
+    x, keys = rows()
+    with new_store(tmp_path, min_rows=20, keep_forgotten=True) as store:
+        before = content(store.path)
+        with pytest.raises(InputError, match=r"^moments: group 0 would hold 1 forgotten rows, expected at least min_"):
+            store.forget_rows(x[:1], keys[:1], rank=4)
+        assert content(store.path) == before
+        first = keys == 0
+        store.forget_rows(x[first][:20], keys[first][:20], rank=4)
+        assert store.forget_rows(x[first][20:21], keys[first][20:21], rank=4).count == 1
+
+
+def test_projections_are_given_away_as_copies(store):
+    def halved(projection):
+        projection.half()
+        return {}
+
+    store.forget([0], rank=5, measure=halved)
+    store.projection.half()
+    store.forget([1], rank=4)
+    assert store.projection.basis.dtype == torch.float64
+    store.verify()
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,16 @@
 """loft-fast store, as a user types it."""
 
 import json
+import os
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from stores import content
 from test_cli import mine
 
-from loft_fast import GroupedMoments, Projection, UnlearningStore, cli
+from loft_fast import GroupedMoments, Projection, UnlearningStore, cli, cli_store
 
 __all__ = ["mine"]
 
@@ -75,6 +78,110 @@ def test_undo_check_with_the_moments_of_what_was_forgotten(store, capsys):
         GroupedMoments.load("moments.safetensors").select([key]).save("part.safetensors")
         said = run(capsys, "store", "undo-check", "store", "r-1", "part.safetensors", status=status)
         assert ("nothing else" in said) == (status == 0)
+
+
+def test_undo_check_of_rows_from_every_group(store, capsys):
+    import mine as module
+
+    x, y = module.loader()[0]
+    x, y = module.net()[:2](x[:20]).detach(), y[:20]
+    moments = GroupedMoments.load("moments.safetensors")
+    part = moments.select([]).update(x, y)
+    with UnlearningStore("store") as opened:
+        opened.forget_rows(x, y, id="r-1", rank=3)
+    assert part.keys() == moments.keys()
+    part.save("part.safetensors")
+    (part + part).save("other.safetensors")
+    for name, status in (("moments", 0), ("part", 0), ("other", 1)):
+        run(capsys, "store", "undo-check", "store", "r-1", f"{name}.safetensors", status=status)
+
+
+def test_a_receipt_of_a_million_rows_can_be_read():
+    rows = json.dumps({"entry": {"subjects": ["0" * 64] * 1000}}, indent=2)
+    assert 1000 * len(rows) < cli_store._LARGEST
+
+
+SHARED = """
+import torch
+class Net(torch.nn.Module):
+    def __init__(self, width=12):
+        super().__init__()
+        self.one, self.two = torch.nn.Linear(12, 12), torch.nn.Linear(12, 12)
+        self.fc = torch.nn.Linear(width, 4)
+class Extra(Net):
+    def get_extra_state(self):
+        return {"version": 1}
+tied, view, sparse, normed, extra, wide = Net(), Net(), Net(), Net(), Extra(), Net(13)
+tied.two.weight = tied.one.weight
+view.register_buffer("buffer", view.one.weight.detach()[:2])
+sparse.register_buffer("buffer", torch.eye(3).to_sparse())
+torch.nn.utils.parametrizations.weight_norm(normed.fc)
+"""
+
+
+@pytest.fixture
+def shared(store, capsys, monkeypatch):
+    """The same with models in shared.py, and moments and a store, `other`, for their last layer."""
+    monkeypatch.delitem(sys.modules, "shared", raising=False)
+    (store / "shared.py").write_text(SHARED)
+    moments = GroupedMoments.load("moments.safetensors")
+    moments.site = "fc:input"
+    moments.save("moments.safetensors")
+    run(capsys, "store", "init", "other", "moments.safetensors")
+    yield store
+    sys.modules.pop("shared", None)
+
+
+@pytest.mark.parametrize("name", ["tied", "view"])
+def test_weights_that_share_memory(shared, capsys, name):
+    run(capsys, "store", "forget", "other", "2", "--model", f"shared:{name}", "--weights", "net.safetensors")
+    import shared as module
+
+    getattr(module, name).load_state_dict(load_file("net.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("extra", "--weights: the model's state has a dict in '_extra_state', expected nothing but tensors"),
+        ("sparse", "--weights: cannot write 'buffer' of the model, torch.float32 and torch.sparse_coo on cpu"),
+        ("normed", "site: cannot fold into 'fc:input': its weight or bias is computed from others"),
+        ("wide", "MODEL: it has 13 features at 'fc:input', expected 12 as in the moments"),
+    ],
+)
+@pytest.mark.parametrize("words", ["store forget other", "forget moments.safetensors"])
+def test_weights_that_cannot_be_written_are_refused_before_any_work(shared, capsys, name, message, words):
+    arguments = [*words.split(), "2", "--model", f"shared:{name}", "--weights", "w", "--out", "p", "--rank", "3"]
+    assert f"loft-fast: {message}" in run(capsys, *arguments, status=1)
+    assert not {"w", "p"} & {path.name for path in shared.iterdir()}
+    assert UnlearningStore("other").verify()["entries"] == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (
+            "forget moments.safetensors 2 --out moments.safetensors",
+            "--out: got 'moments.safetensors', which MOMENTS is",
+        ),
+        ("forget moments.safetensors 2 --out link", "--out: got 'link', which MOMENTS is"),
+        ("forget moments.safetensors 2 --out p --model mine:net --weights ./p", "--weights: got 'p', which --out is"),
+        ("store forget store 2 --out p --model mine:net --weights p", "--weights: got 'p', which --out is"),
+        ("store forget store 2 --out store/ledger.sqlite", "--out: got 'store/ledger.sqlite', which STORE is or holds"),
+        ("store forget store 2 --out .", "--out: cannot write '.': it is not a regular file"),
+        (
+            "store receipt store create --out store/signing.key",
+            "--out: got 'store/signing.key', which STORE is or holds",
+        ),
+        ("fetch mine:net mine:loader --out pipe", "--out: cannot write 'pipe': it is not a regular file"),
+    ],
+)
+def test_no_output_is_written_over_an_input_or_another_output(store, capsys, command, message):
+    (store / "link").symlink_to("moments.safetensors")
+    os.mkfifo("pipe")
+    before = content(store)
+    assert f"loft-fast: {message}" in run(capsys, *command.split(), status=1)
+    assert content(store) == before
 
 
 def test_weights_with_the_projection_folded_in(store, capsys):

@@ -112,6 +112,41 @@ def test_killed_while_it_is_made(tmp_path):
             shutil.rmtree(tmp_path / "store")
 
 
+def test_what_a_killed_creation_left_goes_with_the_next_one(tmp_path, monkeypatch):
+    """That of a process that is still at work stays, and so does what only looks like it."""
+    from loft_fast.store import store as module
+
+    def stop(folder):
+        if (folder / "ledger.sums").exists():
+            os.write(told[1], b"!")
+            time.sleep(60)
+
+    told = os.pipe()
+    drafts = []
+    for _ in range(2):
+        process = os.fork()
+        if not process:
+            monkeypatch.setattr(module.files, "sync_folder", stop)
+            new_store(tmp_path)
+            os._exit(0)
+        drafts.append(process)
+        os.read(told[0], 1)
+    (tmp_path / ".store.unfinished.backup").mkdir()
+    (tmp_path / ".store.unfinished.backup" / "file").write_text("mine")
+    os.kill(drafts[0], signal.SIGKILL)
+    os.waitpid(drafts[0], 0)
+    new_store(tmp_path).close()
+    left = [path for path in tmp_path.iterdir() if (path / "subjects.key").exists()]
+    os.kill(drafts[1], signal.SIGKILL)
+    os.waitpid(drafts[1], 0)
+    assert len(left) == 2  # the store, and the draft of the process that was at work
+    with pytest.raises(InputError, match="is there already"):
+        new_store(tmp_path)
+    shutil.rmtree(tmp_path / "store")
+    new_store(tmp_path).close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".store.unfinished.backup", "store"]
+
+
 # ---- nowhere to write ----
 
 
@@ -192,11 +227,15 @@ def test_read_only_folder(tmp_path):
 
 
 def test_a_folder_that_may_not_be_written(tmp_path, monkeypatch):
-    def denied(*_, **__):
-        raise PermissionError(13, "Permission denied")
+    original = os.open
+
+    def denied(path, flags, *mode):
+        if flags & os.O_EXCL:
+            raise PermissionError(13, "Permission denied")
+        return original(path, flags, *mode)
 
     with new_store(tmp_path) as store:
-        monkeypatch.setattr(files.tempfile, "mkstemp", denied)
+        monkeypatch.setattr(files.os, "open", denied)
         with pytest.raises(InputError, match=r"cannot write .* Permission denied"):
             store.forget([1], rank=4)
         monkeypatch.undo()
@@ -215,7 +254,61 @@ def test_busy(tmp_path, monkeypatch):
         assert store.forget([1], rank=4).number == 1
 
 
+def test_what_a_killed_write_left_goes_at_the_next_opening(tmp_path):
+    new_store(tmp_path).close()
+    path = tmp_path / "store"
+    before = content(path).keys()
+    group = next((path / "moments").iterdir()).name
+    names = [".ledger.sums.0a1b2c3d", ".ledger.changing.k3_x9abc", f"moments/.{group}.0a1b2c3d"]
+    for name in [*names, f"projection/{'0' * 64}.safetensors"]:
+        (path / name).write_bytes(b"part of")
+    UnlearningStore(path).close()
+    assert content(path).keys() == before
+
+
 # ---- damaged and foreign files ----
+
+
+def test_files_of_others_stay_where_they_are(tmp_path):
+    new_store(tmp_path).close()
+    path = tmp_path / "store"
+    for folder in (path / "moments", path / "projection"):
+        (folder / ".snapshot").mkdir()
+        (folder / "notes.txt").write_text("mine")
+        (folder / f"{'0' * 64}.safetensors").symlink_to("notes.txt")
+    with UnlearningStore(path) as store:
+        store.forget([1], rank=4)
+        assert store.verify()["groups"] == 5
+    for folder in (path / "moments", path / "projection"):
+        assert (folder / "notes.txt").read_text() == "mine"
+        assert (folder / ".snapshot").is_dir()
+        assert (folder / f"{'0' * 64}.safetensors").is_symlink()
+
+
+@pytest.mark.parametrize("name", ["moments", "projection"])
+def test_a_folder_that_is_a_link_is_refused(tmp_path, name):
+    with new_store(tmp_path) as store:
+        (store.path / name).rename(tmp_path / "elsewhere")
+        (tmp_path / "elsewhere" / f"{'0' * 64}.safetensors").write_text("mine")
+        there = content(tmp_path / "elsewhere")
+        (store.path / name).symlink_to(tmp_path / "elsewhere")
+        for attempt in (lambda: UnlearningStore(store.path), lambda: store.forget([1], rank=4)):
+            with pytest.raises(StoreError, match=rf"^{name}: .* is a link, expected the store's own folder"):
+                attempt()
+        assert content(tmp_path / "elsewhere") == there
+        (store.path / name).unlink()
+        with pytest.raises(StoreError, match=rf"^{name}: .* is missing"):
+            UnlearningStore(store.path)
+
+
+def test_links_in_place_of_files_are_not_followed(tmp_path):
+    with new_store(tmp_path) as store:
+        (tmp_path / "precious").write_text("mine")
+        for name in ("ledger.sums", "ledger.changing"):
+            (store.path / name).unlink(missing_ok=True)
+            (store.path / name).symlink_to(tmp_path / "precious")
+        store.forget([1], rank=4)
+        assert (tmp_path / "precious").read_text() == "mine"
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import torch
 
 from loft_fast import files
 from loft_fast.demo import digits
-from loft_fast.errors import FileFormatError
+from loft_fast.errors import FileFormatError, InputError
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,15 @@ class Trained:
 
 
 def default_folder() -> Path:
-    """`loft_fast` in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loft_fast"
+    """`loft_fast` in the user's cache folder.
+
+    Raises:
+        InputError: the user has none.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loft_fast"
+    except RuntimeError as error:
+        raise InputError(f"cache: got no folder, expected one, as there is no default: {error}") from error
 
 
 def trained(

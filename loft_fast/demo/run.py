@@ -21,6 +21,7 @@ from loft_fast.errors import InputError
 from loft_fast.projection import Certificate, Projection
 
 CLASSES = 10
+_SEEDS = 2**63  # torch takes those of 64 bits
 _LABELS = {
     "original": "original",
     "retrain": "retrained",
@@ -66,6 +67,8 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
         raise InputError(f"rank: got {options.rank}, expected 1 to {FEATURES - 1}")
     if options.threads < 1:
         raise InputError(f"threads: got {options.threads}, expected at least 1")
+    if not -_SEEDS <= options.seed < _SEEDS:
+        raise InputError(f"seed: got {options.seed}, expected {-_SEEDS} to {_SEEDS - 1}")
     files.writable_folder("out", options.out)
     with _threads(options.threads):
         data = load_digits()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from loft_fast.store.keys import pseudonym
 from loft_fast.store.ledger import Ledger
 
 MOMENTS, PROJECTION = "moments", "projection"
+_NAMES = re.compile(r"[0-9a-f]{64}(-[0-9a-f]{32})?\.safetensors")
 
 Place = tuple[str, bool]
 """Where moments belong: the pseudonym of their group, and whether their rows are retained."""
@@ -42,9 +44,11 @@ class Contents:
             for name in groups:
                 subject, digest = pseudonym(key, name), groups[name].digest()
                 if known.get((subject, kept)) != digest:
-                    groups.select([name]).save(store / MOMENTS / _file(subject, digest), fingerprint=fingerprint)
+                    data = groups.select([name]).to_bytes(fingerprint=fingerprint)
+                    files.replace_bytes(store / MOMENTS / _file(subject, digest), data)
         if self.projection is not None:
-            self.projection.save(store / PROJECTION / f"{self.projection.digest()}.safetensors")
+            data = self.projection.to_bytes()
+            files.replace_bytes(store / PROJECTION / f"{self.projection.digest()}.safetensors", data)
 
 
 def read_contents(store: Path, ledger: Ledger, key: bytes) -> Contents:
@@ -77,16 +81,33 @@ def read_contents(store: Path, ledger: Ledger, key: bytes) -> Contents:
     return Contents(retain, forgotten, projection)
 
 
+def check_folders(store: Path) -> None:
+    """Raise StoreError unless the folders are the store's own: files elsewhere are not for it to write and delete."""
+    for folder in (store / MOMENTS, store / PROJECTION):
+        if folder.is_symlink() or not folder.is_dir():
+            raise StoreError(f"{folder.name}: {str(folder)!r} is {_kind(folder)}, expected the store's own folder")
+
+
 def collect(store: Path, ledger: Ledger) -> None:
-    """Delete the files that the ledger does not refer to: what went, and what a crash left."""
+    """Delete the files of the store that the ledger does not refer to: what went, and what a crash left."""
     wanted = {_file(subject, digest) for (subject, _), digest in ledger.groups().items()}
     wanted.add(f"{ledger.last().projection}.safetensors")
     for folder in (store / MOMENTS, store / PROJECTION):
-        left = [path for path in folder.iterdir() if path.name not in wanted]
+        left = [path for path in folder.iterdir() if path.name not in wanted and _ours(path)]
         for path in left:
             path.unlink(missing_ok=True)
         if left:
             files.sync_folder(folder)
+
+
+def _kind(path: Path) -> str:
+    return "a link" if path.is_symlink() else "no folder" if path.exists() else "missing"
+
+
+def _ours(path: Path) -> bool:
+    """Whether it is a file that a store writes, or part of one."""
+    name = files.unfinished(path.name) or path.name
+    return _NAMES.fullmatch(name) is not None and path.is_file() and not path.is_symlink()
 
 
 def _file(subject: str, digest: str) -> str:

@@ -121,6 +121,10 @@ class Ledger:
         """Rows in the index."""
         return int(self._all("SELECT coalesce(sum(count), 0) FROM rows")[0][0])
 
+    def owned(self) -> dict[str, int]:
+        """The same for each group that has any."""
+        return dict(self._all("SELECT owner, sum(count) FROM rows GROUP BY owner"))
+
     def rows(self, subject: str) -> int:
         """How many rows of the index are this one."""
         found = self._all("SELECT count FROM rows WHERE subject = ?", subject)

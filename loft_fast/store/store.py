@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import secrets
 import shutil
@@ -9,7 +10,7 @@ import sqlite3
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -28,7 +29,7 @@ from loft_fast.ops.arguments import largest_magnitude
 from loft_fast.ops.reference import LARGEST, quantize
 from loft_fast.projection import Projection
 from loft_fast.sites import find_site
-from loft_fast.store.contents import MOMENTS, PROJECTION, Contents, collect, read_contents
+from loft_fast.store.contents import MOMENTS, PROJECTION, Contents, check_folders, collect, read_contents
 from loft_fast.store.keys import new_secret, pseudonym, public_key, read_secret
 from loft_fast.store.ledger import SCHEMA, Entry, Ledger, append, forget_subjects, set_groups
 from loft_fast.store.lock import locked
@@ -66,8 +67,8 @@ class UnlearningStore:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self._ledger = Ledger(self.path / _LEDGER)
+        self._ledger = Ledger(Path(path) / _LEDGER)
+        self.path = Path(path).absolute()  # the ledger, which is open, stays where it is; so do the other files
         self._number = -1  # of the entry whose state is in memory
         try:
             self._about = self._ledger.about()
@@ -79,6 +80,7 @@ class UnlearningStore:
                 raise StoreError(f"{_SUBJECTS}: it is not the key of this store")
             self._sums = Sums(self.path / _LEDGER, self._key)
             with self._turn():
+                self._sums.sweep()
                 self._sums.recover(self._ledger.checkpoint)
                 collect(self.path, self._ledger)
         except BaseException:
@@ -102,7 +104,8 @@ class UnlearningStore:
             moments: of all rows; exact.
             model: which they came from, to be told from others later (without `keep_forgotten`, by all but the layer
                 that projections are folded into). None: any model will do.
-            min_rows: smallest group that may be kept: moments of few rows give these away.
+            min_rows: smallest group that may be kept, of rows that are retained and, with `keep_forgotten`, of those
+                that are not: moments of few rows give these away.
             keep_forgotten: keep the moments of what was forgotten.
         """
         target = Path(path)
@@ -128,32 +131,39 @@ class UnlearningStore:
         }
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            draft = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+            _sweep(target)
+            draft = Path(tempfile.mkdtemp(dir=target.parent, prefix=_draft_prefix(target)))
         except OSError as error:
             raise InputError(f"path: cannot write {str(target)!r}: {error.strerror or error}") from error
         try:
-            for folder in (MOMENTS, PROJECTION):
-                (draft / folder).mkdir()
-            key = new_secret(draft / _SUBJECTS)
-            # Secrets are told by what they make of nothing, which needs no cryptography and gives nothing away.
-            about |= {"key": pseudonym(key, ""), "signing": pseudonym(new_secret(draft / _SIGNING), "")}
-            contents = Contents(moments, moments.select([]), None)
-            contents.write(draft, key, {}, about["fingerprint"])
-            ledger = Ledger(draft / _LEDGER, create=True)
-            digest = moments.digest()
-            entry = Entry(0, "create", _now(), "create", [], moments.count, "", digest, details=about).sealed("")
-            with Sums(draft / _LEDGER, key).changing(ledger.checkpoint), ledger.transaction() as change:
-                change.executemany("INSERT INTO about VALUES (?, ?)", about.items())
-                set_groups(change, {}, contents.digests(key))
-                append(change, entry)
-            ledger.close()
-            os.replace(draft, target)
+            with locked(draft / _LOCK, _PATIENCE):
+                cls._fill(draft, moments, about)
+                os.replace(draft, target)
             files.sync_folder(target.parent)
         except OSError as error:
             raise InputError(f"path: cannot write {str(target)!r}: {error.strerror or error}") from error
         finally:
             shutil.rmtree(draft, ignore_errors=True)
         return cls(target)
+
+    @staticmethod
+    def _fill(draft: Path, moments: GroupedMoments, about: dict[str, str]) -> None:
+        """Write all files of a new store."""
+        for folder in (MOMENTS, PROJECTION):
+            (draft / folder).mkdir()
+        key = new_secret(draft / _SUBJECTS)
+        # Secrets are told by what they make of nothing, which needs no cryptography and gives nothing away.
+        about = {**about, "key": pseudonym(key, ""), "signing": pseudonym(new_secret(draft / _SIGNING), "")}
+        contents = Contents(moments, moments.select([]), None)
+        contents.write(draft, key, {}, about["fingerprint"])
+        ledger = Ledger(draft / _LEDGER, create=True)
+        digest = moments.digest()
+        entry = Entry(0, "create", _now(), "create", [], moments.count, "", digest, details=about).sealed("")
+        with Sums(draft / _LEDGER, key).changing(ledger.checkpoint), ledger.transaction() as change:
+            change.executemany("INSERT INTO about VALUES (?, ?)", about.items())
+            set_groups(change, {}, contents.digests(key))
+            append(change, entry)
+        ledger.close()
 
     # ---- what there is ----
 
@@ -186,7 +196,7 @@ class UnlearningStore:
     def projection(self) -> Projection | None:
         """What the requests so far ask for; None before the first."""
         with self._turn():
-            return self._contents.projection
+            return copy.deepcopy(self._contents.projection)  # what becomes of the caller's is no matter to the store
 
     def forgot(self, key: Key) -> bool:
         """Whether this was a group that is gone."""
@@ -198,7 +208,7 @@ class UnlearningStore:
 
     def find(self, request: str) -> Entry:
         """The entry of a request, by its id."""
-        entry = self._ledger.find(request)
+        entry = self._ledger.find(request) if _is_text(request) else None
         if entry is None:
             raise InputError(f"id: no request {request!r} in the ledger")
         return entry
@@ -286,18 +296,38 @@ class UnlearningStore:
     def index_rows(self, x: Tensor, group: Tensor | Sequence[Key]) -> int:
         """Add rows, (n, d), with their groups to the index of pseudonyms; returns how many it holds.
 
-        Once that is all rows of the moments, `forget_rows` refuses rows that it does not hold.
+        Once that is all rows of the moments, `forget_rows` refuses rows that it does not hold. Every row is to be added
+        once; where that went wrong, `clear_index` and begin again.
+
+        Raises:
+            InputError: bad input, or more rows than a group has: some were added twice, or never to the moments.
         """
         with self._turn():
             rows = self._row_subjects(x, group)
-            total = self._ledger.indexed() + len(rows)
-            if total > self._retain.count:
-                raise InputError(f"x: that would be {total} rows in the index, expected at most {self._retain.count}")
+            self._check_room(group, len(rows))
             with self._changing() as change:
                 change.executemany(
                     "INSERT INTO rows VALUES (?, ?, 1) ON CONFLICT (subject) DO UPDATE SET count = count + 1", rows
                 )
             return self._ledger.indexed()
+
+    def clear_index(self) -> None:
+        """Take all rows out of the index."""
+        with self._turn(), self._changing() as change:
+            change.execute("DELETE FROM rows")
+
+    def _check_room(self, group: Tensor | Sequence[Key], n: int) -> None:
+        """Refuse to index n rows of these groups if that would be more of one than are retained."""
+        keys, index = index_groups(group, n)
+        held = self._ledger.owned()
+        for key, count in zip(keys, index.bincount(minlength=len(keys)).tolist(), strict=True):
+            total = held.get(pseudonym(self._key, key), 0) + count
+            most = self._retain[key].count if key in self._retain else 0
+            if total > most:
+                raise InputError(
+                    f"x: that would be {total} rows of group {key!r} in the index, expected at most {most}, as there "
+                    "are; where some were added twice, clear_index() and begin again"
+                )
 
     # ---- checks ----
 
@@ -370,6 +400,7 @@ class UnlearningStore:
     def _turn(self) -> Iterator[None]:
         """No other process or thread is at work on the store, and what is in memory is what it holds."""
         with locked(self.path / _LOCK, _PATIENCE):
+            check_folders(self.path)
             if self._ledger.last().number != self._number:
                 self._load()
             yield
@@ -391,7 +422,7 @@ class UnlearningStore:
         """The entry of an earlier request of this id, if it was the same."""
         if id is None:
             return None
-        if not isinstance(id, str) or not 1 <= len(id) <= 200:
+        if not _is_text(id) or not 1 <= len(id) <= 200:
             raise InputError(f"id: got {id!r}, expected a text of 1 to 200 letters")
         entry = self._ledger.find(id)
         if entry is not None and (entry.action, sorted(entry.subjects)) != (action, subjects):
@@ -440,6 +471,8 @@ class UnlearningStore:
             options = {**options, "head": head}
         contents = self._contents
         forgotten = contents.forgotten + part if self.keep_forgotten else None
+        if forgotten is not None:
+            _check_sizes(forgotten, int(self._about["min_rows"]), "forgotten rows")
         projection = solve_next(contents.projection, retain, part, forgotten, **options)
         projection.site = self.site
         assert projection.certificate is not None
@@ -459,7 +492,7 @@ class UnlearningStore:
             certificate=asdict(projection.certificate),
             details={
                 "options": {name: value for name, value in options.items() if isinstance(value, int | float | str)},
-                "measured": {} if measure is None else measure(projection),
+                "measured": {} if measure is None else measure(copy.deepcopy(projection)),
                 "emptied": emptied,
             },
         )
@@ -484,16 +517,36 @@ class UnlearningStore:
             yield change
 
 
+def _is_text(id: object) -> bool:
+    """Whether it is a text without halves of letters, which no database takes."""
+    return isinstance(id, str) and not any("\ud800" <= letter <= "\udfff" for letter in id)
+
+
 def _emptied(entry: Entry) -> list[str]:
     """The groups that a request left without rows."""
     return list(entry.details.get("emptied", []))
 
 
-def _check_sizes(moments: GroupedMoments, least: int) -> None:
+def _check_sizes(moments: GroupedMoments, least: int, what: str = "rows") -> None:
     small = next((key for key in moments if moments[key].count < least), None)
     if small is not None:
         count = moments[small].count
-        raise InputError(f"moments: group {small!r} would hold {count} rows, expected at least min_rows={least}")
+        raise InputError(f"moments: group {small!r} would hold {count} {what}, expected at least min_rows={least}")
+
+
+def _draft_prefix(target: Path) -> str:
+    return f".{target.name}.unfinished."
+
+
+def _sweep(target: Path) -> None:
+    """Delete the copies of moments and keys that were left where a store was to be made and the process was killed."""
+    for draft in target.parent.iterdir():
+        lock = draft / _LOCK
+        if not draft.name.startswith(_draft_prefix(target)) or draft.is_symlink() or not lock.is_file():
+            continue  # one without a lock is empty, and may have been made this moment
+        with suppress(OSError, StoreError), locked(lock, 0):  # who is still at work on it holds the lock
+            if any(path != lock for path in draft.iterdir()):
+                shutil.rmtree(draft, ignore_errors=True)
 
 
 def _now() -> str:

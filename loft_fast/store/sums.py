@@ -37,11 +37,17 @@ class Sums:
     def changing(self, checkpoint: Callable[[], bool]) -> Iterator[None]:
         """Change the database inside; `checkpoint` moves the log to it, and tells whether it could."""
         cut_off = self._mark.exists()
-        files.write_bytes(self._mark, b"")
+        files.replace_bytes(self._mark, b"")
         try:
             yield
         finally:
             self._settle(checkpoint, None if cut_off else self._logged())
+
+    def sweep(self) -> None:
+        """Delete what was left when a process was killed while it wrote one of the two files."""
+        for path in self._path.parent.iterdir():
+            if files.unfinished(path.name) in (self._path.name, self._mark.name) and path.is_file():
+                path.unlink(missing_ok=True)
 
     def recover(self, checkpoint: Callable[[], bool]) -> None:
         """Make all sums anew if a change was cut off."""
@@ -60,7 +66,7 @@ class Sums:
                     file.seek(page * PAGE)
                     sums[page : page + 1] = [self._sum(page, file.read(PAGE))]
         body = b"".join(sums[:count])
-        files.write_bytes(self._path, self._sum(len(body), body) + body)
+        files.replace_bytes(self._path, self._sum(len(body), body) + body)
         self._mark.unlink()
         files.sync_folder(self._mark.parent)
 
