@@ -1,5 +1,6 @@
 """A server and its clients on Flower's Message API: whatever clients do, the moments are those of who was accepted."""
 
+import contextlib
 import copy
 import importlib
 import os
@@ -21,7 +22,7 @@ from flwr.app import ConfigRecord, Error, Message
 from flwr.clientapp import ClientApp
 
 import loft_fast as loft
-from loft_fast import FederatedError, InputError, StoreError
+from loft_fast import FederatedError, InputError, StoreError, files
 from loft_fast.federated import MomentsServer, client_app, messages
 from loft_fast.plausible import implausible
 
@@ -143,6 +144,28 @@ def test_a_client_has_rows_of_its_own_forgotten_once(tmp_path, keep):
             assert other.moments.digest() == expected.digest()
 
 
+def some_rows(context, id):
+    """Rows that a client wants to be forgotten, other ones for every request."""
+    x, labels = rows(context.node_id)
+    start = {"first": 0, "second": 7}[id]
+    return loft.GroupedMoments(DIM, exact=EXACT).update(x[start : start + 7], labels[start : start + 7])
+
+
+def test_forgotten_rows_stay_forgotten_when_all_are_asked_anew(tmp_path, keep):
+    grid = FakeGrid(range(1, 4), forget=some_rows)
+    grid._contexts[2].node_config["moments"] = str(tmp_path / "client.safetensors")
+    expected = moments_of(range(1, 4), EXACT)
+    with server_in(tmp_path, keep=keep) as server:
+        server.collect(grid, **QUICK)
+        for fetches, id in ((2, "first"), (3, "second")):
+            server.forget_rows(grid, 2, id, project=False)
+            expected = expected - some_rows(grid._contexts[2], id)
+            grid._contexts[2].state.clear()  # a new run: what the client knows is in its file
+            server.collect(grid, refresh=True, **QUICK)
+            assert grid.fetched.count(2) == fetches
+            assert server.moments.digest() == expected.digest()
+
+
 def test_where_only_the_sum_is_kept_a_client_sends_its_contribution_again_to_be_forgotten(tmp_path):
     grid = FakeGrid(range(1, 6))
     with server_in(tmp_path, keep="sum") as server:
@@ -152,6 +175,44 @@ def test_where_only_the_sum_is_kept_a_client_sends_its_contribution_again_to_be_
         server.forget_rows(grid, 2, "request", everything=True, rank=6)
         assert server.moments.digest() == moments_of([1, 3, 4, 5], EXACT).digest()
         assert server.clients == ["1", "3", "4", "5"]
+
+
+def test_all_of_a_client_goes_also_after_a_group_and_some_of_its_rows(tmp_path, keep):
+    grid = FakeGrid(range(1, 4), forget=some_rows)
+    with server_in(tmp_path, keep=keep) as server:
+        server.collect(grid, **QUICK)
+        server.forget_groups([2], project=False)
+        server.forget_rows(grid, 2, "first", project=False)
+        server.forget_rows(grid, 2, "everything", everything=True, project=False)
+        assert server.moments.digest() == moments_of([1, 3], EXACT).without([2]).digest()
+        assert server.clients == ["1", "3"]
+
+
+@pytest.mark.parametrize("groups", [[], [2]])
+@pytest.mark.parametrize(
+    ("sent", "reason"),
+    [
+        (lambda x, labels: (x[:5], labels[:5]), "it sent 5 rows, expected 40"),
+        (lambda x, labels: (x + 0.01, labels), "it sent other rows than it contributed"),
+    ],
+    ids=["few", "others"],
+)
+def test_a_client_cannot_leave_rows_behind(tmp_path, keep, groups, sent, reason):
+    grid = FakeGrid(range(1, 4))
+    other = loft.GroupedMoments(DIM, exact=EXACT).update(*sent(*rows(2)))
+    with server_in(tmp_path, keep=keep) as server:
+        server.collect(grid, **QUICK)
+        if groups:
+            server.forget_groups(groups, project=False)
+        grid.faults[2] = sending(lambda moments: other.to_bytes())
+        before = server.moments.digest()
+        if keep == "sum":
+            with pytest.raises(FederatedError, match=reason):
+                server.forget_rows(grid, 2, "request", everything=True, project=False)
+            assert server.moments.digest() == before
+            grid.faults.clear()
+        server.forget_rows(grid, 2, "request", everything=True, project=False)
+        assert server.moments.digest() == moments_of([1, 3], EXACT).without(groups).digest()
 
 
 def test_or_the_others_are_asked_anew(tmp_path, keep):
@@ -467,6 +528,38 @@ def test_a_node_with_a_file_remembers_from_run_to_run(tmp_path):
                     assert other.moments.digest() == rest.digest()
         assert grid.fetched == [1][run:]
     assert asked == ["request"]
+
+
+@pytest.mark.parametrize("written", [False, True])
+@pytest.mark.parametrize("step", [0, 1])
+def test_a_client_that_is_killed_while_it_writes_answers_when_it_is_asked_again(tmp_path, monkeypatch, step, written):
+    write, paths = files.write_bytes, []
+
+    def dies(path, *arguments):
+        paths.append(path)
+        if len(paths) <= step or written:
+            write(path, *arguments)
+        if len(paths) > step:
+            raise KeyboardInterrupt
+
+    def client():
+        """A new process, with the file of the last."""
+        grid = FakeGrid([1, 2], forget=some_rows)
+        grid._contexts[1].node_config["moments"] = str(tmp_path / "client.safetensors")
+        return grid
+
+    expected = moments_of([1, 2], EXACT) - some_rows(client()._contexts[1], "first")
+    with server_in(tmp_path) as server:
+        server.collect(client(), **QUICK)
+        monkeypatch.setattr(files, "write_bytes", dies)
+        with contextlib.suppress(KeyboardInterrupt):
+            server.forget_rows(client(), 1, "first", project=False)
+        monkeypatch.undo()
+        server.forget_rows(client(), 1, "first", project=False)
+        assert server.moments.digest() == expected.digest()
+        with server_in(tmp_path / "other") as other:
+            other.collect(client(), **QUICK)
+            assert other.moments.digest() == expected.digest()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
