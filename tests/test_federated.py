@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -431,6 +432,16 @@ FAULTS = {
 }
 
 
+def header(dim):
+    """The beginning of a file that claims this dimension."""
+    text = json.dumps({"__metadata__": {"dim": dim}}).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+FAULTS["unprintable"] = (sending(lambda moments: header("\ud800\n")), r"2: dim: got \ud800\n, expected 16")
+FAULTS["long"] = (sending(lambda moments: header("x" * 100_000)), "2: dim: got xxx")
+
+
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_faulty_answer_is_refused_and_the_round_is_incomplete_until_it_is_made_good(tmp_path, keep, name):
     fault, reason = FAULTS[name]
@@ -441,6 +452,7 @@ def test_a_faulty_answer_is_refused_and_the_round_is_incomplete_until_it_is_made
             server.collect(grid, **QUICK)
         assert "round 1 is incomplete: 2 clients of 3" in str(error.value)
         assert reason in str(error.value)
+        assert len(str(error.value)) < 1000
         assert server.moments.count == 0  # an incomplete round does not count
         told = [event for event in server.log() if event.verdict in ("refused", "missing")]
         assert [event.node for event in told] == ["2"]
@@ -528,6 +540,81 @@ def test_a_node_with_a_file_remembers_from_run_to_run(tmp_path):
                     assert other.moments.digest() == rest.digest()
         assert grid.fetched == [1][run:]
     assert asked == ["request"]
+
+
+def fill(state):
+    """As many rows as integers can hold, all zero: such rows there may be."""
+    state.count = 2**32
+    state.vector, state.matrix = state.vector * 0, state.matrix * 0
+
+
+def crowd(state):
+    state.count = 2**62 - 50
+
+
+def shift(state):
+    state.vector = state.vector * 0 + 1e155
+
+
+def spread(state):
+    state.matrix = state.matrix * 1e306
+
+
+OVERFLOWS = {
+    "count": (fill, EXACT, "it cannot be added to the others: .* rows, expected at most 4294967296 in all"),
+    "float count": (crowd, None, "with it there would be 46.* rows, expected at most 46.*"),
+    "mean": (shift, None, "no rows have such moments: squares that sum to inf, expected at most 1e[+]300"),
+    "scatter": (spread, None, "no rows have such moments: squares that sum to .*, expected at most 1e[+]300"),
+}
+
+
+@pytest.mark.parametrize("name", OVERFLOWS)
+def test_what_would_overflow_the_sum_is_refused(tmp_path, name):
+    change, exact, reason = OVERFLOWS[name]
+    grid = FakeGrid([1, 2, 4])
+    grid.faults[4] = changed(change)  # a client with the classes of the first
+    with server_in(tmp_path, exact=exact) as server:
+        server.collect(grid, quorum=2, **QUICK)
+        assert server.clients == ["1", "2"]
+        assert re.match(reason, dict(verdicts(server, "refused"))["4"])
+        assert server.moments.digest() == (moments_of([1], exact) + moments_of([2], exact)).digest()
+
+
+@pytest.mark.parametrize("change", [fill, crowd])
+def test_who_fills_the_sum_is_forgotten_and_the_others_come_in(tmp_path, change):
+    exact = EXACT if change is fill else None
+    grid = FakeGrid([1, 4])
+    grid.faults[1] = changed(change)
+    with server_in(tmp_path, exact=exact) as server:
+        result = server.collect(grid, quorum=1, **QUICK)
+        assert (result.accepted, list(result.refused)) == (["1"], ["4"])
+        server.forget_clients(["1"], project=False)
+        assert server.collect(grid, **QUICK).accepted == ["4"]
+        assert server.moments.digest() == moments_of([4], exact).digest()
+
+
+def elsewhere(moments):
+    moments.site = "conv:output"
+    return moments.to_bytes()
+
+
+@pytest.mark.parametrize("way", ["abandon", "refresh", "forget"])
+def test_a_site_is_that_of_who_counts(tmp_path, keep, way):
+    grid = FakeGrid([1, 2, 3])
+    grid.faults[1] = sending(elsewhere)
+    with server_in(tmp_path, keep=keep) as server:
+        with pytest.raises(FederatedError, match="2: site: got 'fc:input', expected 'conv:output'"):
+            server.collect(grid, **QUICK)
+        if way == "forget":
+            server.collect(grid, quorum=1, **QUICK)
+            server.forget_rows(grid, 1, "request", everything=True, project=False)
+        if way == "abandon":
+            server.abandon()
+        grid.faults.clear()
+        others = FakeGrid([2, 3])
+        server.collect(others, refresh=way == "refresh", **QUICK)
+        assert server.clients == ["2", "3"]
+        assert server.moments.site == "fc:input"
 
 
 @pytest.mark.parametrize("written", [False, True])
