@@ -18,7 +18,8 @@ _LARGEST = 1e300  # sum of squares: float64 has room for 1e8 of these, as many a
 def implausible(moments: Moments, norm: float | None = None) -> str | None:
     """Why no rows, or none with Euclidean norms up to `norm`, have these moments; None if some may.
 
-    Rows so large that sums over many contributions could overflow count as none. That the state is finite and consistent is taken for granted: `from_bytes` refuses others.
+    Rows so large that sums over many contributions could overflow count as none. That the state is finite and
+    consistent is taken for granted: `from_bytes` refuses others.
     """
     if not moments.count:
         return None

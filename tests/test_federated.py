@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -797,6 +798,12 @@ def test_an_open_round_is_abandoned_or_begun_anew(tmp_path, keep):
         assert server.moments.digest() == moments_of([2, 5], EXACT).digest()
 
 
+def test_nobody_else_reads_the_folder(tmp_path):
+    with collected(tmp_path / "a" / "folder"):
+        for path, mode in ((tmp_path / "a" / "folder", 0o700), (tmp_path / "a" / "folder" / "federated.sqlite", 0o600)):
+            assert stat.S_IMODE(path.stat().st_mode) == mode
+
+
 def test_a_damaged_or_foreign_file_is_refused(tmp_path):
     (tmp_path / "federated.sqlite").write_bytes(b"no database" * 1000)
     with pytest.raises(StoreError, match="file is not a database"):
@@ -834,11 +841,21 @@ def test_bad_calls_change_nothing(tmp_path):
             (lambda: server.collect(grid, quorum=0), "quorum: got 0"),
             (lambda: server.forget_clients("1"), "clients: got '1', expected a list"),
             (lambda: server.forget_clients([]), "clients: got none"),
+            (lambda: server.forget_clients([1]), "clients: got 1, expected names, such as '1'"),
+            (lambda: server.forget_clients([None]), "clients: got None, expected names"),
+            (lambda: server.forget_clients(["1"], "\ud800"), "id: got '.ud800', expected a text"),
+            (lambda: server.forget_groups([2], 5), "id: got 5, expected a text"),
+            (lambda: server.collect(grid, "ab"), "nodes: got 'ab', expected a list of numbers of nodes"),
+            (lambda: server.collect(grid, ["1"]), "nodes: got .'1'., expected a list"),
+            (lambda: server.collect(grid, True), "nodes: got True, expected a list"),
+            (lambda: server.collect(grid, 0), "nodes: got 0, expected a list"),
+            (lambda: server.forget_rows(grid, "1", "a"), "node: got .'1'., expected"),
             (lambda: server.forget_clients(["9"]), "clients: no client '9'; there are '1', '2'"),
             (lambda: server.forget_groups([9]), "keys: no group 9"),
             (lambda: server.forget_clients(["1", "2", "3", "4", "5"], rank=6), "retain"),
             (lambda: server.forget_clients(["1"], rank=DIM + 1), "rank"),
             (lambda: server.forget_rows(grid, 1, ""), "id: got ''"),
+            (lambda: server.forget_rows(grid, 1, None), "id: got None"),
             (lambda: server.forget_rows(grid, 1, "a", timeout=-1), "timeout: got -1"),
         ):
             with pytest.raises(InputError, match=message):

@@ -72,7 +72,8 @@ class Archive:
         """
         about = {"schema": SCHEMA, **about}
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.touch(mode=0o600)  # moments of every client: nobody else's business
             self._base = sqlite3.connect(path, timeout=1.0, isolation_level=None)
         except (OSError, sqlite3.Error) as error:
             raise StoreError(f"folder: cannot open {str(path)!r}: {error}") from error

@@ -18,7 +18,7 @@ from loft_fast.errors import FederatedError, FileFormatError, InputError
 from loft_fast.federated import messages
 from loft_fast.federated.answers import Judge, RefusedError, reason
 from loft_fast.federated.archive import Archive, Event, by_key, from_keys
-from loft_fast.federated.rounds import ask, wait_for_nodes
+from loft_fast.federated.rounds import ask, check_nodes, wait_for_nodes
 from loft_fast.float_state import FloatState
 from loft_fast.grouped_moments import GroupedMoments, Key, plain_keys
 from loft_fast.moments import Moments
@@ -195,6 +195,7 @@ class MomentsServer:
         check_positive("timeout", timeout)
         if quorum is not None and (isinstance(quorum, bool) or not isinstance(quorum, int) or quorum < 1):
             raise InputError(f"quorum: got {quorum!r}, expected an integer >= 1")
+        nodes = check_nodes(nodes)
         archive, number = self._archive, self._open(refresh)
         result = Round(number)
         asked = wait_for_nodes(grid, nodes, timeout)
@@ -384,9 +385,10 @@ class MomentsServer:
         Raises:
             FederatedError: no answer, or one that cannot be: rows that the client has never had.
         """
-        if not isinstance(id, str) or not id:
-            raise InputError(f"id: got {id!r}, expected a text")
+        if id is None:
+            raise InputError("id: got None, expected a text that can be printed")
         check_positive("timeout", timeout)
+        check_nodes([node], "node")
         what = f"{'everything' if everything else 'rows'} of node {node}"
         if self._answered(id, what):
             return self.projection
@@ -507,6 +509,8 @@ class MomentsServer:
 
     def _answered(self, id: str | None, what: str) -> bool:
         """Whether there was a request of this id, which must have been the same."""
+        if id is not None and not (isinstance(id, str) and id and id.isprintable()):
+            raise InputError(f"id: got {id!r}, expected a text that can be printed")
         event = None if id is None else self._archive.request(id)
         if event is not None and event.reason != what:
             raise InputError(f"id: {id!r} was another request: {event.reason}")
@@ -531,6 +535,7 @@ class MomentsServer:
         if projection is None:
             raise InputError("projection: there is none yet, as nothing was forgotten")
         check_positive("timeout", timeout)
+        wanted = check_nodes(nodes)
         data = projection.to_bytes()
         weights = None
         if model is not None:
@@ -551,7 +556,7 @@ class MomentsServer:
             if answer.has_error():
                 failed.append(node)
 
-        asked = wait_for_nodes(grid, nodes, timeout)
+        asked = wait_for_nodes(grid, wanted, timeout)
         silent = ask(grid, messages.UPDATE, content, asked, timeout, str(self._archive.round), take, progress)
         return [str(node) for node in sorted({*silent, *failed})]
 
@@ -559,7 +564,11 @@ class MomentsServer:
 def _listed(clients: Iterable[str]) -> list[str]:
     if isinstance(clients, str) or not isinstance(clients, Iterable):
         raise InputError(f"clients: got {clients!r}, expected a list of names")
-    names = sorted(set(clients))
+    listed = list(clients)
+    wrong = [name for name in listed if not isinstance(name, str)]
+    if wrong:
+        raise InputError(f"clients: got {wrong[0]!r}, expected names, such as {str(wrong[0])!r}")
+    names = sorted(set(listed))
     if not names:
         raise InputError("clients: got none, expected at least one name")
     return names
