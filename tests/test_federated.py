@@ -20,7 +20,7 @@ pytest.importorskip("flwr")
 
 from client_rows import DIM, EXACT, moments_of, rows
 from federation import FakeGrid
-from flwr.app import ConfigRecord, Error, Message
+from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 import loft_fast as loft
@@ -168,6 +168,21 @@ def test_forgotten_rows_stay_forgotten_when_all_are_asked_anew(tmp_path, keep):
             assert server.moments.digest() == expected.digest()
 
 
+def test_a_client_that_lost_its_answers_does_not_bring_the_rows_back(tmp_path, keep):
+    grid = FakeGrid([1, 2], forget=some_rows)
+    with server_in(tmp_path, keep=keep) as server:
+        server.collect(grid, **QUICK)
+        server.forget_rows(grid, 2, "first", project=False)
+        kept, grid._contexts[2].state = grid._contexts[2].state, RecordDict()
+        with pytest.raises(
+            FederatedError, match="2: it knows nothing of request 'first', and the rows of it would come"
+        ):
+            server.collect(grid, refresh=True, **QUICK)
+        grid._contexts[2].state = kept
+        assert server.collect(grid, **QUICK).accepted == ["2"]
+        assert server.moments.digest() == (moments_of([1, 2], EXACT) - some_rows(grid._contexts[2], "first")).digest()
+
+
 def test_where_only_the_sum_is_kept_a_client_sends_its_contribution_again_to_be_forgotten(tmp_path):
     grid = FakeGrid(range(1, 6))
     with server_in(tmp_path, keep="sum") as server:
@@ -280,6 +295,7 @@ def test_the_program_of_the_documentation(tmp_path, monkeypatch):
     names = {"client_app": client_app, "fetch": lambda context, exact: None}
     exec(client, names)
     assert isinstance(names["app"], ClientApp)
+    torch.manual_seed(1)  # a head that gives some rows to every class
     model = nn.Sequential()
     model.fc = nn.Linear(DIM, 10)
     known = {

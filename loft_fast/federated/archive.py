@@ -305,6 +305,10 @@ class Archive:
         names = "number, time, round, client, node, verdict, reason, id"
         return [Event(*row) for row in self._rows(f"SELECT {names} FROM log {which}", *values)]
 
+    def requests(self, client: str) -> list[str]:
+        """Ids of the requests for rows that a client has answered."""
+        return [id for (id,) in self._rows("SELECT id FROM log WHERE verdict = 'forgotten' AND client = ?", client)]
+
     def request(self, id: str) -> Event | None:
         """The line of a forget request, if there was one of this id."""
         return next(iter(self._events("WHERE id = ?", id)), None)

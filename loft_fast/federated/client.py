@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from loft_fast.moments import Moments
 from loft_fast.projection import Projection
 
 _STATE = "loft_fast.client."  # in the context, which Flower keeps from message to message of a run
-_TAG = 32  # hexadecimal digits
 
 Fetch = Callable[[Context, float | None], Moments | GroupedMoments]
 Rows = Callable[[Context, str], Moments | GroupedMoments | None]
@@ -55,12 +53,12 @@ def client_app(fetch: Fetch, *, forget: Rows | None = None, receive: Receive | N
             _write(context, data)
         else:
             left = _left(context, _moments_of(data))
-        return _answer(message, context, asked, left.to_bytes())
+        return _answer(message, context, asked, left.to_bytes(), answered=_tags(context) or None)
 
     @app.query("rows")
     def rows(message: Message, context: Context) -> Message:
         asked = messages.fields_of(message.content)
-        tag, known = _tag(str(asked["id"])), _read(context)
+        tag, known = messages.tag_of(str(asked["id"])), _read(context)
         data = _read(context, tag)
         if data is None:  # or asked before: the same answer
             part = None if forget is None else forget(context, str(asked["id"]))
@@ -110,17 +108,12 @@ def _moments_of(data: bytes) -> Moments | GroupedMoments:
     return messages.moments_of(data, files.read_header(data).get("format") == "loft_fast.grouped_moments")
 
 
-def _tag(id: str) -> str:
-    """What stands for a request in names of files."""
-    return hashlib.sha256(id.encode()).hexdigest()[:_TAG]
-
-
 def _tags(context: Context) -> list[str]:
     """Of the requests that were answered."""
     found = {name[len(_STATE) :] for name in context.state.array_records if name.startswith(_STATE)} - {""}
     if (path := _path(context)) is not None:
-        pattern = f"{glob.escape(path.name)}.{'[0-9a-f]' * _TAG}"
-        found |= {file.name[-_TAG:] for file in path.parent.glob(pattern)}
+        pattern = f"{glob.escape(path.name)}.{'[0-9a-f]' * messages.TAG}"
+        found |= {file.name[-messages.TAG :] for file in path.parent.glob(pattern)}
     return sorted(found)
 
 

@@ -270,6 +270,7 @@ class MomentsServer:
             if archive.is_gone("client", client):
                 result.settled.add(str(node))
                 raise RefusedError("it was forgotten")
+            self._check_memory(client, answer)
             moments = self._judge.moments(self._judge.data(answer), self._site_in(result.number))
             known, digest = archive.known(result.number, client), moments.digest()
             if known == digest:
@@ -289,6 +290,14 @@ class MomentsServer:
             self._accept(result.number, client, str(node), digest, moments, sums)
         result.accepted.append(client)
         result.settled.add(str(node))
+
+    def _check_memory(self, client: str, answer: Message) -> None:
+        """Refuse a client that has lost what it answered: it does not know which rows to leave out."""
+        known = messages.fields_of(answer.content).get("answered")
+        tags = known if isinstance(known, list) else []
+        lost = [id for id in self._archive.requests(client) if messages.tag_of(id) not in tags]
+        if lost:
+            raise RefusedError(f"it knows nothing of request {lost[0]!r}, and the rows of it would come back")
 
     def _still(self, moments: Moments | GroupedMoments) -> dict[str, Moments]:
         """What there is of groups that were not forgotten."""
@@ -409,7 +418,7 @@ class MomentsServer:
             kept = {} if own is None else {key: own_part.to_bytes() for key, own_part in by_key(own).items()}
             self._archive.replace_parts(round, client, kept, moments.count, left)
 
-        return self._forget(id, rest, part, what, change, options)
+        return self._forget(id, rest, part, what, change, options, client)
 
     def _hear(
         self, grid: Grid, node: int, id: str, timeout: float, everything: bool
@@ -493,6 +502,7 @@ class MomentsServer:
         what: str,
         change: Callable[[], None],
         options: dict[str, Any],
+        client: str | None = None,
     ) -> Projection | None:
         if self._archive.get("open") is not None:
             raise FederatedError(f"round {self._archive.round + 1} is open: collect or abandon() first")
@@ -504,7 +514,7 @@ class MomentsServer:
         with self._archive.change():
             change()
             self._archive.put("projection", None if projection is None else projection.to_bytes())
-            self._archive.write(self._archive.round, "forgotten", what, id=id)
+            self._archive.write(self._archive.round, "forgotten", what, client, id=id)
         return projection
 
     def _answered(self, id: str | None, what: str) -> bool:
