@@ -205,6 +205,16 @@ def test_all_of_a_client_goes_also_after_a_group_and_some_of_its_rows(tmp_path, 
         assert server.clients == ["1", "3"]
 
 
+def test_rows_of_a_group_that_is_gone_are_forgotten_already(tmp_path, keep):
+    grid = FakeGrid([1, 2, 3], forget=lambda context, id: moments_of([context.node_id], EXACT).select([2]))
+    with server_in(tmp_path, keep=keep) as server:
+        server.collect(grid, **QUICK)
+        first = server.forget_groups([2], rank=6)
+        assert server.forget_rows(grid, 1, "rows").digest() == first.digest()
+        server.forget_rows(grid, 1, "everything", everything=True, rank=5)
+        assert server.moments.digest() == moments_of([2, 3], EXACT).without([2]).digest()
+
+
 @pytest.mark.parametrize("groups", [[], [2]])
 @pytest.mark.parametrize(
     ("sent", "reason"),

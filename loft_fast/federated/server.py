@@ -506,7 +506,7 @@ class MomentsServer:
     ) -> Projection | None:
         if self._archive.get("open") is not None:
             raise FederatedError(f"round {self._archive.round + 1} is open: collect or abandon() first")
-        project = options.pop("project", True)
+        project = options.pop("project", True) and part.count  # of rows in groups that are gone, nothing is left to do
         projection = self.projection
         if project:
             projection = solve_next(projection, rest, part, None, **options)  # type: ignore[arg-type]
