@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset
@@ -14,27 +14,21 @@ from loft_fast.errors import InputError
 
 
 def share_of(loader: Iterable[Any], peers: Peers) -> Iterable[Any]:
-    """What this process takes of `loader`: together the processes take every row once, none twice.
+    """What this process takes of `loader`: together the processes take every row that it yields once, none twice.
 
-    Of a DataLoader over a data set with indices, every size-th row from the rank-th on, in batches of the same size; of
-    anything else, every size-th batch.
+    Of a DataLoader over a data set with indices, every size-th of the rows that it yields, from the rank-th on, in
+    batches of the same size; of anything else, every size-th batch.
 
     Raises:
-        InputError: a DataLoader with a sampler of its own: DistributedSampler pads or drops rows, and others may choose
-            differently in every process.
+        InputError: a DataLoader whose rows may be others in every process, by a sampler of its own or where `drop_last`
+            drops some of a random order; DistributedSampler pads or drops rows.
     """
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return itertools.islice(loader, peers.rank, None, peers.size)
-    samplers = (BatchSampler, SequentialSampler, RandomSampler)
-    wrong = next((one for one in (loader.batch_sampler, loader.sampler) if one and type(one) not in samplers), None)
-    if wrong is not None or getattr(loader.sampler, "replacement", False):
-        name = type(loader.sampler if wrong is None else wrong).__name__
-        raise InputError(f"loader: got one with a {name}, expected a DataLoader that goes through all rows, unsharded")
-    assert isinstance(loader.dataset, Sized)
-    rows = range(peers.rank, len(loader.dataset), peers.size)
+    rows = range(_rows_of(loader))[peers.rank :: peers.size]
     return DataLoader(
         Subset(loader.dataset, rows),  # type: ignore[arg-type] # any sequence of indices will do
-        batch_size=loader.batch_size,
+        batch_size=getattr(loader.batch_sampler, "batch_size", None),
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
@@ -43,6 +37,28 @@ def share_of(loader: Iterable[Any], peers: Peers) -> Iterable[Any]:
         multiprocessing_context=loader.multiprocessing_context,
         prefetch_factor=loader.prefetch_factor,
     )
+
+
+def _rows_of(loader: DataLoader[Any]) -> int:
+    """How many rows a loader yields, which are the first so many, in whatever order."""
+    batches = loader.batch_sampler
+    sampler: Any = loader.sampler if batches is None else getattr(batches, "sampler", None)
+    if batches is not None and type(batches) is not BatchSampler:
+        raise _refused(f"a {type(batches).__name__}")
+    if type(sampler) not in (SequentialSampler, RandomSampler):
+        raise _refused(f"a {type(sampler).__name__}")
+    n = len(sampler.data_source)
+    left_out = n % batches.batch_size if batches is not None and batches.drop_last else 0
+    if type(sampler) is RandomSampler:
+        if sampler.replacement or sampler.num_samples != n:
+            raise _refused("a RandomSampler that draws some of the rows")
+        if left_out:
+            raise _refused("a random order of which it drops the last rows")
+    return n - left_out
+
+
+def _refused(what: str) -> InputError:
+    return InputError(f"loader: got one with {what}, expected a DataLoader with the same rows in every process")
 
 
 def in_step(batches: Iterable[Any], peers: Peers) -> Iterator[tuple[Any, bool]]:

@@ -24,6 +24,8 @@ _ROWS = 65536  # that one process holds at once
 _TASKS = 8  # per core: the last to end keep the others waiting for an eighth of the time at most
 _FAN_IN = 32  # moments that are merged at once, where there are more tasks than that
 
+_FLOATS = np.float16, np.float32, np.float64
+
 Features = str | Sequence[str]
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
@@ -35,7 +37,8 @@ def block_moments(
 
     Args:
         block: a table or record batch of pyarrow, a data frame of pandas, or a dictionary of arrays.
-        features: a column of vectors, or the columns that are one feature each.
+        features: a column of vectors, or the columns that are one feature each. Integers of more than 16 bits become
+            float64, others float32.
         group: a column with the key of each row, integers or strings; None: `Moments` of all.
         exact: as for `Moments`; a number, or None.
 
@@ -297,7 +300,8 @@ def _update(
     if group is None or isinstance(found, Moments):
         return found.update(rows)  # type: ignore[call-arg]
     keys = _column(block, group, "group")
-    return found.update(rows, torch.from_numpy(keys.astype(np.int64)) if keys.dtype.kind in "iu" else keys.tolist())
+    plain = keys.dtype.kind == "i" or (keys.dtype.kind == "u" and not bool((keys > np.iinfo(np.int64).max).any()))
+    return found.update(rows, torch.from_numpy(keys.astype(np.int64)) if plain else keys.tolist())
 
 
 # ---- columns ----
@@ -306,9 +310,12 @@ def _update(
 def _rows(block: Any, features: Features) -> Tensor:
     """(n, d), shared with the block where that is possible."""
     if not isinstance(features, str):
-        columns = [_column(block, name, "features") for name in features]
+        columns = [_column(block, name, "features") for name in _columns(features, None)]
         if not columns:
             raise InputError("features: got no columns, expected at least one")
+        shapes = sorted({column.shape for column in columns})
+        if len(shapes) > 1:
+            raise InputError(f"features: got columns of shapes {shapes[0]} and {shapes[-1]}, expected a number per row")
         found = np.stack(columns, axis=1)
     else:
         found = _column(block, features, "features")
@@ -317,30 +324,45 @@ def _rows(block: Any, features: Features) -> Tensor:
             if len(lengths) != 1 or -1 in lengths:
                 raise InputError(f"features: column {features!r} holds vectors of lengths {sorted(lengths)[:5]}")
             found = np.stack(list(found))
-    if found.ndim != 2 or found.dtype.kind not in "fiu":
+    integers = found.dtype.kind in "iu"
+    if found.ndim != 2 or not (integers or found.dtype in _FLOATS):
         got = f"{found.dtype} of shape {found.shape}"
-        raise InputError(f"features: got {got} in {features!r}, expected vectors of numbers")
-    if found.dtype.kind != "f":
-        found = found.astype(np.float32)
+        expected = "vectors of integers, or of floats of 16, 32 or 64 bits in this machine's order of bytes"
+        raise InputError(f"features: got {got} in {features!r}, expected {expected}")
+    if integers:  # float32 has 24 bits
+        found = found.astype(np.float32 if found.dtype.itemsize <= 2 else np.float64)
     with warnings.catch_warnings():  # that the block's memory is not to be written; nothing here writes
         warnings.simplefilter("ignore", UserWarning)
         return torch.from_numpy(np.ascontiguousarray(found))
 
 
 def _columns(features: Features, group: str | None) -> list[str]:
+    if not isinstance(features, Iterable):
+        raise InputError(f"features: got {features!r}, expected the name of a column, or names")
     return [*([features] if isinstance(features, str) else features), *([] if group is None else [group])]
 
 
 def _column(block: Any, name: str, argument: str) -> np.ndarray[Any, Any]:
     """A column as an array: (n,), or (n, d) of a column of vectors of one length."""
-    if hasattr(block, "schema"):  # pyarrow
-        if name not in block.schema.names:
-            raise InputError(f"{argument}: there is no column {name!r}; there are {', '.join(block.schema.names[:10])}")
+    arrow = hasattr(block, "schema")
+    names = block.schema.names if arrow else list(getattr(block, "columns", ()))
+    if names.count(name) > 1:
+        raise InputError(f"{argument}: there are {names.count(name)} columns {name!r}, expected one")
+    if arrow:
+        if name not in names:
+            raise InputError(f"{argument}: there is no column {name!r}; there are {', '.join(names[:10])}")
         return _arrow(block.column(name), name, argument)
     try:
-        return np.asarray(block[name])
+        column = block[name]
     except KeyError as error:
         raise InputError(f"{argument}: there is no column {name!r}") from error
+    except (IndexError, TypeError) as error:
+        got = type(block).__name__
+        raise InputError(f"block: got {got}, expected a table, a data frame or a dictionary of arrays") from error
+    try:
+        return np.asarray(column)
+    except ValueError as error:
+        raise InputError(f"{argument}: column {name!r} is no array: {error}") from error
 
 
 def _arrow(column: Any, name: str, argument: str) -> np.ndarray[Any, Any]:

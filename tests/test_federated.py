@@ -1,9 +1,12 @@
 """A server and its clients on Flower's Message API: whatever clients do, the moments are those of who was accepted."""
 
+import contextlib
 import copy
 import importlib
+import json
 import os
 import re
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -17,11 +20,11 @@ pytest.importorskip("flwr")
 
 from client_rows import DIM, EXACT, moments_of, rows
 from federation import FakeGrid
-from flwr.app import ConfigRecord, Error, Message
+from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 import loft_fast as loft
-from loft_fast import FederatedError, InputError, StoreError
+from loft_fast import FederatedError, InputError, StoreError, files
 from loft_fast.federated import MomentsServer, client_app, messages
 from loft_fast.plausible import implausible
 
@@ -143,6 +146,43 @@ def test_a_client_has_rows_of_its_own_forgotten_once(tmp_path, keep):
             assert other.moments.digest() == expected.digest()
 
 
+def some_rows(context, id):
+    """Rows that a client wants to be forgotten, other ones for every request."""
+    x, labels = rows(context.node_id)
+    start = {"first": 0, "second": 7}[id]
+    return loft.GroupedMoments(DIM, exact=EXACT).update(x[start : start + 7], labels[start : start + 7])
+
+
+def test_forgotten_rows_stay_forgotten_when_all_are_asked_anew(tmp_path, keep):
+    grid = FakeGrid(range(1, 4), forget=some_rows)
+    grid._contexts[2].node_config["moments"] = str(tmp_path / "client.safetensors")
+    expected = moments_of(range(1, 4), EXACT)
+    with server_in(tmp_path, keep=keep) as server:
+        server.collect(grid, **QUICK)
+        for fetches, id in ((2, "first"), (3, "second")):
+            server.forget_rows(grid, 2, id, project=False)
+            expected = expected - some_rows(grid._contexts[2], id)
+            grid._contexts[2].state.clear()  # a new run: what the client knows is in its file
+            server.collect(grid, refresh=True, **QUICK)
+            assert grid.fetched.count(2) == fetches
+            assert server.moments.digest() == expected.digest()
+
+
+def test_a_client_that_lost_its_answers_does_not_bring_the_rows_back(tmp_path, keep):
+    grid = FakeGrid([1, 2], forget=some_rows)
+    with server_in(tmp_path, keep=keep) as server:
+        server.collect(grid, **QUICK)
+        server.forget_rows(grid, 2, "first", project=False)
+        kept, grid._contexts[2].state = grid._contexts[2].state, RecordDict()
+        with pytest.raises(
+            FederatedError, match="2: it knows nothing of request 'first', and the rows of it would come"
+        ):
+            server.collect(grid, refresh=True, **QUICK)
+        grid._contexts[2].state = kept
+        assert server.collect(grid, **QUICK).accepted == ["2"]
+        assert server.moments.digest() == (moments_of([1, 2], EXACT) - some_rows(grid._contexts[2], "first")).digest()
+
+
 def test_where_only_the_sum_is_kept_a_client_sends_its_contribution_again_to_be_forgotten(tmp_path):
     grid = FakeGrid(range(1, 6))
     with server_in(tmp_path, keep="sum") as server:
@@ -152,6 +192,54 @@ def test_where_only_the_sum_is_kept_a_client_sends_its_contribution_again_to_be_
         server.forget_rows(grid, 2, "request", everything=True, rank=6)
         assert server.moments.digest() == moments_of([1, 3, 4, 5], EXACT).digest()
         assert server.clients == ["1", "3", "4", "5"]
+
+
+def test_all_of_a_client_goes_also_after_a_group_and_some_of_its_rows(tmp_path, keep):
+    grid = FakeGrid(range(1, 4), forget=some_rows)
+    with server_in(tmp_path, keep=keep) as server:
+        server.collect(grid, **QUICK)
+        server.forget_groups([2], project=False)
+        server.forget_rows(grid, 2, "first", project=False)
+        server.forget_rows(grid, 2, "everything", everything=True, project=False)
+        assert server.moments.digest() == moments_of([1, 3], EXACT).without([2]).digest()
+        assert server.clients == ["1", "3"]
+
+
+def test_rows_of_a_group_that_is_gone_are_forgotten_already(tmp_path, keep):
+    grid = FakeGrid([1, 2, 3], forget=lambda context, id: moments_of([context.node_id], EXACT).select([2]))
+    with server_in(tmp_path, keep=keep) as server:
+        server.collect(grid, **QUICK)
+        first = server.forget_groups([2], rank=6)
+        assert server.forget_rows(grid, 1, "rows").digest() == first.digest()
+        server.forget_rows(grid, 1, "everything", everything=True, rank=5)
+        assert server.moments.digest() == moments_of([2, 3], EXACT).without([2]).digest()
+
+
+@pytest.mark.parametrize("groups", [[], [2]])
+@pytest.mark.parametrize(
+    ("sent", "reason"),
+    [
+        (lambda x, labels: (x[:5], labels[:5]), "it sent 5 rows, expected 40"),
+        (lambda x, labels: (x + 0.01, labels), "it sent other rows than it contributed"),
+    ],
+    ids=["few", "others"],
+)
+def test_a_client_cannot_leave_rows_behind(tmp_path, keep, groups, sent, reason):
+    grid = FakeGrid(range(1, 4))
+    other = loft.GroupedMoments(DIM, exact=EXACT).update(*sent(*rows(2)))
+    with server_in(tmp_path, keep=keep) as server:
+        server.collect(grid, **QUICK)
+        if groups:
+            server.forget_groups(groups, project=False)
+        grid.faults[2] = sending(lambda moments: other.to_bytes())
+        before = server.moments.digest()
+        if keep == "sum":
+            with pytest.raises(FederatedError, match=reason):
+                server.forget_rows(grid, 2, "request", everything=True, project=False)
+            assert server.moments.digest() == before
+            grid.faults.clear()
+        server.forget_rows(grid, 2, "request", everything=True, project=False)
+        assert server.moments.digest() == moments_of([1, 3], EXACT).without(groups).digest()
 
 
 def test_or_the_others_are_asked_anew(tmp_path, keep):
@@ -217,6 +305,7 @@ def test_the_program_of_the_documentation(tmp_path, monkeypatch):
     names = {"client_app": client_app, "fetch": lambda context, exact: None}
     exec(client, names)
     assert isinstance(names["app"], ClientApp)
+    torch.manual_seed(1)  # a head that gives some rows to every class
     model = nn.Sequential()
     model.fc = nn.Linear(DIM, 10)
     known = {
@@ -370,6 +459,16 @@ FAULTS = {
 }
 
 
+def header(dim):
+    """The beginning of a file that claims this dimension."""
+    text = json.dumps({"__metadata__": {"dim": dim}}).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+FAULTS["unprintable"] = (sending(lambda moments: header("\ud800\n")), r"2: dim: got \ud800\n, expected 16")
+FAULTS["long"] = (sending(lambda moments: header("x" * 100_000)), "2: dim: got xxx")
+
+
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_faulty_answer_is_refused_and_the_round_is_incomplete_until_it_is_made_good(tmp_path, keep, name):
     fault, reason = FAULTS[name]
@@ -380,6 +479,7 @@ def test_a_faulty_answer_is_refused_and_the_round_is_incomplete_until_it_is_made
             server.collect(grid, **QUICK)
         assert "round 1 is incomplete: 2 clients of 3" in str(error.value)
         assert reason in str(error.value)
+        assert len(str(error.value)) < 1000
         assert server.moments.count == 0  # an incomplete round does not count
         told = [event for event in server.log() if event.verdict in ("refused", "missing")]
         assert [event.node for event in told] == ["2"]
@@ -467,6 +567,113 @@ def test_a_node_with_a_file_remembers_from_run_to_run(tmp_path):
                     assert other.moments.digest() == rest.digest()
         assert grid.fetched == [1][run:]
     assert asked == ["request"]
+
+
+def fill(state):
+    """As many rows as integers can hold, all zero: such rows there may be."""
+    state.count = 2**32
+    state.vector, state.matrix = state.vector * 0, state.matrix * 0
+
+
+def crowd(state):
+    state.count = 2**62 - 50
+
+
+def shift(state):
+    state.vector = state.vector * 0 + 1e155
+
+
+def spread(state):
+    state.matrix = state.matrix * 1e306
+
+
+OVERFLOWS = {
+    "count": (fill, EXACT, "it cannot be added to the others: .* rows, expected at most 4294967296 in all"),
+    "float count": (crowd, None, "with it there would be 46.* rows, expected at most 46.*"),
+    "mean": (shift, None, "no rows have such moments: squares that sum to inf, expected at most 1e[+]300"),
+    "scatter": (spread, None, "no rows have such moments: squares that sum to .*, expected at most 1e[+]300"),
+}
+
+
+@pytest.mark.parametrize("name", OVERFLOWS)
+def test_what_would_overflow_the_sum_is_refused(tmp_path, name):
+    change, exact, reason = OVERFLOWS[name]
+    grid = FakeGrid([1, 2, 4])
+    grid.faults[4] = changed(change)  # a client with the classes of the first
+    with server_in(tmp_path, exact=exact) as server:
+        server.collect(grid, quorum=2, **QUICK)
+        assert server.clients == ["1", "2"]
+        assert re.match(reason, dict(verdicts(server, "refused"))["4"])
+        assert server.moments.digest() == (moments_of([1], exact) + moments_of([2], exact)).digest()
+
+
+@pytest.mark.parametrize("change", [fill, crowd])
+def test_who_fills_the_sum_is_forgotten_and_the_others_come_in(tmp_path, change):
+    exact = EXACT if change is fill else None
+    grid = FakeGrid([1, 4])
+    grid.faults[1] = changed(change)
+    with server_in(tmp_path, exact=exact) as server:
+        result = server.collect(grid, quorum=1, **QUICK)
+        assert (result.accepted, list(result.refused)) == (["1"], ["4"])
+        server.forget_clients(["1"], project=False)
+        assert server.collect(grid, **QUICK).accepted == ["4"]
+        assert server.moments.digest() == moments_of([4], exact).digest()
+
+
+def elsewhere(moments):
+    moments.site = "conv:output"
+    return moments.to_bytes()
+
+
+@pytest.mark.parametrize("way", ["abandon", "refresh", "forget"])
+def test_a_site_is_that_of_who_counts(tmp_path, keep, way):
+    grid = FakeGrid([1, 2, 3])
+    grid.faults[1] = sending(elsewhere)
+    with server_in(tmp_path, keep=keep) as server:
+        with pytest.raises(FederatedError, match="2: site: got 'fc:input', expected 'conv:output'"):
+            server.collect(grid, **QUICK)
+        if way == "forget":
+            server.collect(grid, quorum=1, **QUICK)
+            server.forget_rows(grid, 1, "request", everything=True, project=False)
+        if way == "abandon":
+            server.abandon()
+        grid.faults.clear()
+        others = FakeGrid([2, 3])
+        server.collect(others, refresh=way == "refresh", **QUICK)
+        assert server.clients == ["2", "3"]
+        assert server.moments.site == "fc:input"
+
+
+@pytest.mark.parametrize("written", [False, True])
+@pytest.mark.parametrize("step", [0, 1])
+def test_a_client_that_is_killed_while_it_writes_answers_when_it_is_asked_again(tmp_path, monkeypatch, step, written):
+    write, paths = files.write_bytes, []
+
+    def dies(path, *arguments):
+        paths.append(path)
+        if len(paths) <= step or written:
+            write(path, *arguments)
+        if len(paths) > step:
+            raise KeyboardInterrupt
+
+    def client():
+        """A new process, with the file of the last."""
+        grid = FakeGrid([1, 2], forget=some_rows)
+        grid._contexts[1].node_config["moments"] = str(tmp_path / "client.safetensors")
+        return grid
+
+    expected = moments_of([1, 2], EXACT) - some_rows(client()._contexts[1], "first")
+    with server_in(tmp_path) as server:
+        server.collect(client(), **QUICK)
+        monkeypatch.setattr(files, "write_bytes", dies)
+        with contextlib.suppress(KeyboardInterrupt):
+            server.forget_rows(client(), 1, "first", project=False)
+        monkeypatch.undo()
+        server.forget_rows(client(), 1, "first", project=False)
+        assert server.moments.digest() == expected.digest()
+        with server_in(tmp_path / "other") as other:
+            other.collect(client(), **QUICK)
+            assert other.moments.digest() == expected.digest()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -617,6 +824,12 @@ def test_an_open_round_is_abandoned_or_begun_anew(tmp_path, keep):
         assert server.moments.digest() == moments_of([2, 5], EXACT).digest()
 
 
+def test_nobody_else_reads_the_folder(tmp_path):
+    with collected(tmp_path / "a" / "folder"):
+        for path, mode in ((tmp_path / "a" / "folder", 0o700), (tmp_path / "a" / "folder" / "federated.sqlite", 0o600)):
+            assert stat.S_IMODE(path.stat().st_mode) == mode
+
+
 def test_a_damaged_or_foreign_file_is_refused(tmp_path):
     (tmp_path / "federated.sqlite").write_bytes(b"no database" * 1000)
     with pytest.raises(StoreError, match="file is not a database"):
@@ -654,11 +867,21 @@ def test_bad_calls_change_nothing(tmp_path):
             (lambda: server.collect(grid, quorum=0), "quorum: got 0"),
             (lambda: server.forget_clients("1"), "clients: got '1', expected a list"),
             (lambda: server.forget_clients([]), "clients: got none"),
+            (lambda: server.forget_clients([1]), "clients: got 1, expected names, such as '1'"),
+            (lambda: server.forget_clients([None]), "clients: got None, expected names"),
+            (lambda: server.forget_clients(["1"], "\ud800"), "id: got '.ud800', expected a text"),
+            (lambda: server.forget_groups([2], 5), "id: got 5, expected a text"),
+            (lambda: server.collect(grid, "ab"), "nodes: got 'ab', expected a list of numbers of nodes"),
+            (lambda: server.collect(grid, ["1"]), "nodes: got .'1'., expected a list"),
+            (lambda: server.collect(grid, True), "nodes: got True, expected a list"),
+            (lambda: server.collect(grid, 0), "nodes: got 0, expected a list"),
+            (lambda: server.forget_rows(grid, "1", "a"), "node: got .'1'., expected"),
             (lambda: server.forget_clients(["9"]), "clients: no client '9'; there are '1', '2'"),
             (lambda: server.forget_groups([9]), "keys: no group 9"),
             (lambda: server.forget_clients(["1", "2", "3", "4", "5"], rank=6), "retain"),
             (lambda: server.forget_clients(["1"], rank=DIM + 1), "rank"),
             (lambda: server.forget_rows(grid, 1, ""), "id: got ''"),
+            (lambda: server.forget_rows(grid, 1, None), "id: got None"),
             (lambda: server.forget_rows(grid, 1, "a", timeout=-1), "timeout: got -1"),
         ):
             with pytest.raises(InputError, match=message):

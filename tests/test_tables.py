@@ -91,6 +91,21 @@ def test_without_the_extras_there_is_a_clear_error(monkeypatch, folder):
         tables.parquet_moments(folder, "features")
 
 
+@pytest.mark.parametrize("kind", ["int32", "uint32", "int64", "uint64", "float64"])
+def test_large_numbers_keep_their_digits(kind):
+    x = np.arange(40).reshape(20, 2) + 1_700_000_000
+    moments = tables.block_moments({"features": x.astype(kind)}, "features")
+    expected = loft.Moments(2).update(torch.from_numpy(x).double())
+    assert moments.covariance().tolist() == expected.covariance().tolist() == [[140.0, 140.0], [140.0, 140.0]]
+
+
+@pytest.mark.parametrize("kind", ["int8", "uint16", "int64", "uint64"])
+def test_keys_are_the_numbers_they_are(kind):
+    ends = np.iinfo(kind)
+    block = {"features": np.ones((4, 2)), "label": np.array([ends.min, ends.max, 1, ends.max], kind)}
+    assert tables.block_moments(block, "features", "label").keys() == sorted({ends.min, 1, ends.max})
+
+
 def test_no_rows_are_no_rows():
     moments = tables.block_moments(table(*content(n=2)).slice(0, 0), COLUMNS, "label")
     assert (moments.dim, moments.count) == (DIM, 0)
@@ -133,6 +148,9 @@ def test_bad_input_is_refused(folder, tmp_path):
         0, "features", pa.array([None, *one["features"].to_pylist()[1:]], pa.list_(pa.float32(), DIM))
     )
     ragged = pa.table({"features": [[1.0], [1.0, 2.0]]})
+    double = pa.table([one["f0"], one["f1"], one["f1"]], names=["f0", "f1", "f1"])
+    parquet.write_table(double, tmp_path / "twice.parquet")
+    x = one["f0"].to_numpy().reshape(-1, 2)
     (tmp_path / "no.parquet").write_bytes(b"PAR1 and nothing else")
     for call, message in (
         (lambda: tables.block_moments(one, "nothing"), "features: there is no column 'nothing'; there are features"),
@@ -150,6 +168,20 @@ def test_bad_input_is_refused(folder, tmp_path):
             "features: column 'features' holds vectors of 1 to 2 numbers",
         ),
         (lambda: tables.block_moments(ragged.to_pandas(), "features"), "features: column 'features' holds vectors of"),
+        (lambda: tables.block_moments({"features": [[1.0], [1.0, 2.0]]}, "features"), "column 'features' is no array"),
+        (lambda: tables.block_moments(double, ["f0", "f1"]), "features: there are 2 columns 'f1', expected one"),
+        (lambda: tables.block_moments(double.to_pandas(), "f1"), "features: there are 2 columns 'f1', expected one"),
+        (lambda: tables.parquet_moments(tmp_path / "twice.parquet", ["f0", "f1"]), "there are 2 columns 'f1'"),
+        (lambda: tables.block_moments({"x": x.astype(">f4")}, "x"), "features: got >f4 of shape .500, 2. in 'x'"),
+        (lambda: tables.block_moments({"x": x.astype(np.longdouble)}, "x"), "features: got float128 of shape"),
+        (
+            lambda: tables.block_moments({"a": x[:, 0], "b": x[1:, 0]}, ["a", "b"]),
+            "columns of shapes .499,. and .500,.",
+        ),
+        (lambda: tables.block_moments({"a": x[:, 0], "b": x}, ["a", "b"]), "columns of shapes .500,. and .500, 2."),
+        (lambda: tables.block_moments({"x": x}, 5), "features: got 5, expected the name"),
+        (lambda: tables.block_moments(5, "x"), "block: got int, expected a table"),
+        (lambda: tables.block_moments(x, "x"), "block: got ndarray, expected a table"),
         (lambda: tables.parquet_moments(tmp_path / "nothing", "features"), "paths: cannot read .*nothing"),
         (lambda: tables.parquet_moments(tmp_path, "features"), r"paths: cannot read .*no\.parquet"),
         (lambda: tables.parquet_moments(folder, "nothing"), "features: .* has no column 'nothing'"),

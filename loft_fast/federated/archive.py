@@ -16,13 +16,13 @@ from loft_fast.grouped_moments import GroupedMoments, Key
 from loft_fast.moments import Moments
 from loft_fast.projection import Projection
 
-SCHEMA = 1
+SCHEMA = 2
 # What is deleted is overwritten, in a file that exists as long as a change takes at most; what is committed is on disk.
 _PRAGMAS = ("journal_mode=DELETE", "secure_delete=ON", "synchronous=EXTRA", "locking_mode=EXCLUSIVE", "foreign_keys=ON")
 _TABLES = """
 CREATE TABLE about (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE answers (id INTEGER PRIMARY KEY, client TEXT NOT NULL, node TEXT NOT NULL, digest TEXT NOT NULL,
-    count INTEGER NOT NULL);
+    count INTEGER NOT NULL, site TEXT);
 CREATE TABLE members (round INTEGER, client TEXT, answer INTEGER NOT NULL REFERENCES answers,
     PRIMARY KEY (round, client)) WITHOUT ROWID;
 CREATE TABLE parts (answer INTEGER REFERENCES answers ON DELETE CASCADE, key TEXT, moments BLOB NOT NULL,
@@ -72,7 +72,8 @@ class Archive:
         """
         about = {"schema": SCHEMA, **about}
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.touch(mode=0o600)  # moments of every client: nobody else's business
             self._base = sqlite3.connect(path, timeout=1.0, isolation_level=None)
         except (OSError, sqlite3.Error) as error:
             raise StoreError(f"folder: cannot open {str(path)!r}: {error}") from error
@@ -164,6 +165,17 @@ class Archive:
         )
         return {client: (node, digest, count) for client, node, digest, count in found}
 
+    def count(self, round: int) -> int:
+        """Rows of all clients that count in a round."""
+        query = "SELECT coalesce(sum(count), 0) FROM members JOIN answers ON answers.id = answer WHERE round = ?"
+        return int(self._rows(query, round)[0][0])
+
+    def site(self, round: int) -> str | None:
+        """Where the features of those who count in a round come from, if one of them says so."""
+        query = "SELECT site FROM members JOIN answers ON answers.id = answer WHERE round = ? AND site NOT NULL LIMIT 1"
+        found = self._rows(query, round)
+        return found[0][0] if found else None
+
     def known(self, round: int, client: str) -> str | None:
         """The digest of a client's answer, if it is in a round."""
         found = self._rows(
@@ -178,10 +190,19 @@ class Archive:
         self._base.execute("INSERT INTO members SELECT ?, client, answer FROM members WHERE round = ?", (new, old))
         self._base.execute("INSERT INTO totals SELECT ?, key, moments FROM totals WHERE round = ?", (new, old))
 
-    def add_member(self, round: int, client: str, node: str, digest: str, count: int, parts: dict[str, bytes]) -> None:
+    def add_member(
+        self,
+        round: int,
+        client: str,
+        node: str,
+        digest: str,
+        moments: Moments | GroupedMoments,
+        parts: dict[str, bytes],
+    ) -> None:
         """A contribution, of which `parts` are kept by key."""
         row = self._base.execute(
-            "INSERT INTO answers (client, node, digest, count) VALUES (?, ?, ?, ?)", (client, node, digest, count)
+            "INSERT INTO answers (client, node, digest, count, site) VALUES (?, ?, ?, ?, ?)",
+            (client, node, digest, moments.count, moments.site),
         )
         self._base.execute("INSERT INTO members VALUES (?, ?, ?)", (round, client, row.lastrowid))
         self._base.executemany(
@@ -200,14 +221,14 @@ class Archive:
                 data = self._rows("SELECT moments FROM parts WHERE answer = ? AND key = ?", answer, key)[0][0]
                 yield client, key, Moments.from_bytes(data)
 
-    def replace_parts(self, round: int, client: str, parts: dict[str, bytes], fewer: int) -> None:
-        """Keep these parts of a client in the place of those there were, and so many rows less."""
+    def replace_parts(self, round: int, client: str, parts: dict[str, bytes], fewer: int, digest: str) -> None:
+        """Keep these parts of a client in the place of those there were, so many rows less, and the digest of these."""
         answer = self._rows("SELECT answer FROM members WHERE round = ? AND client = ?", round, client)[0][0]
         self._base.execute("DELETE FROM parts WHERE answer = ?", (answer,))
         self._base.executemany(
             "INSERT INTO parts VALUES (?, ?, ?)", [(answer, key, data) for key, data in parts.items()]
         )
-        self._base.execute("UPDATE answers SET count = count - ? WHERE id = ?", (fewer, answer))
+        self._base.execute("UPDATE answers SET count = count - ?, digest = ? WHERE id = ?", (fewer, digest, answer))
 
     def drop_members(self, round: int, clients: Iterable[str]) -> None:
         """Take clients out of a round, and out of the file if they are in no other."""
@@ -283,6 +304,10 @@ class Archive:
     def _events(self, which: str, *values: Any) -> list[Event]:
         names = "number, time, round, client, node, verdict, reason, id"
         return [Event(*row) for row in self._rows(f"SELECT {names} FROM log {which}", *values)]
+
+    def requests(self, client: str) -> list[str]:
+        """Ids of the requests for rows that a client has answered."""
+        return [id for (id,) in self._rows("SELECT id FROM log WHERE verdict = 'forgotten' AND client = ?", client)]
 
     def request(self, id: str) -> Event | None:
         """The line of a forget request, if there was one of this id."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import glob
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,11 @@ def client_app(fetch: Fetch, *, forget: Rows | None = None, receive: Receive | N
 
     Args:
         fetch: (context, exact) -> moments of this client's rows, with the `exact` that the server asks for. Called
-            once: the result is kept from message to message, and in the file that the node's configuration calls
-            `moments`, if there is one, from run to run.
+            once, and again when the server begins anew (`refresh`): the result is kept from message to message, and in
+            the file that the node's configuration calls `moments`, if there is one, from run to run. Rows that were
+            forgotten since are always among those it has to return: they are subtracted from the result, every time.
         forget: (context, id of the request) -> moments of the rows that this client wants to be forgotten; None: none.
-            Called once per request; what it returns is subtracted from the client's own moments, too.
+            Called once per request: what it returns is kept, as the result of `fetch` is.
         receive: (context, projection or weights), called with what the server sends at the end.
     """
     for name, function in (("fetch", fetch), ("forget", forget), ("receive", receive)):
@@ -47,24 +48,26 @@ def client_app(fetch: Fetch, *, forget: Rows | None = None, receive: Receive | N
         data = _read(context)
         if data is None or bool(asked.get("refresh")):
             exact = asked.get("exact")
-            data = _keep(context, fetch(context, None if exact is None else float(exact)))
-        return _answer(message, context, asked, data)
+            whole = fetch(context, None if exact is None else float(exact))
+            left, data = _left(context, whole), whole.to_bytes()
+            _write(context, data)
+        else:
+            left = _left(context, _moments_of(data))
+        return _answer(message, context, asked, left.to_bytes(), answered=_tags(context) or None)
 
     @app.query("rows")
     def rows(message: Message, context: Context) -> Message:
         asked = messages.fields_of(message.content)
-        id = str(asked["id"])
-        kept = _read(context, id)
-        if kept is not None:  # asked before: the same answer
-            return _answer(message, context, asked, kept)
-        part = None if forget is None else forget(context, id)
-        data = b"" if part is None else part.to_bytes()
-        known = _read(context)
-        if part is not None and known is not None:
-            whole = messages.moments_of(known, isinstance(part, GroupedMoments))
-            _keep(context, whole - part)  # type: ignore[operator] # both are of one kind
-        _write(context, data, id)
-        return _answer(message, context, asked, data)
+        tag, known = messages.tag_of(str(asked["id"])), _read(context)
+        data = _read(context, tag)
+        if data is None:  # or asked before: the same answer
+            part = None if forget is None else forget(context, str(asked["id"]))
+            if part is not None and known is not None:
+                _left(context, _moments_of(known)) - part  # type: ignore[operator] # refuses rows that are not there
+            data = b"" if part is None else part.to_bytes()
+            _write(context, data, tag)  # all that changes, so that a client that is killed has answered or has not
+        left = None if known is None else _left(context, _moments_of(known)).digest()
+        return _answer(message, context, asked, data, left=left)
 
     @app.query("update")
     def update(message: Message, context: Context) -> Message:
@@ -80,37 +83,56 @@ def client_app(fetch: Fetch, *, forget: Rows | None = None, receive: Receive | N
     return app
 
 
-def _answer(message: Message, context: Context, asked: dict[str, Any], data: bytes | None) -> Message:
+def _answer(message: Message, context: Context, asked: dict[str, Any], data: bytes | None, **more: Any) -> Message:
     name = context.node_config.get("client", context.node_config.get("partition-id"))
-    fields = {"round": asked.get("round"), "id": asked.get("id"), "client": None if name is None else str(name)}
+    fields = {"round": asked.get("round"), "id": asked.get("id"), "client": None if name is None else str(name), **more}
     content = messages.question(**fields)
     return Message(content if data is None else messages.with_bytes(content, "moments", data), reply_to=message)
 
 
-def _read(context: Context, id: str = "") -> bytes | None:
-    """The moments that were fetched before, or what a request of this id was answered."""
-    kept = context.state.array_records.get(_STATE + id)
+# What is kept: the moments that were fetched, as they were, and the answer to every request, each under its tag.
+
+
+def _left(context: Context, whole: Moments | GroupedMoments) -> Moments | GroupedMoments:
+    """Moments that were fetched without the rows that were forgotten since."""
+    try:
+        for tag in _tags(context):
+            if part := _read(context, tag):
+                whole = whole - _moments_of(part)  # type: ignore[operator] # both are of one kind
+    except InputError as error:
+        raise InputError(f"fetch: got moments without rows that were forgotten, expected them, too: {error}") from error
+    return whole
+
+
+def _moments_of(data: bytes) -> Moments | GroupedMoments:
+    return messages.moments_of(data, files.read_header(data).get("format") == "loft_fast.grouped_moments")
+
+
+def _tags(context: Context) -> list[str]:
+    """Of the requests that were answered."""
+    found = {name[len(_STATE) :] for name in context.state.array_records if name.startswith(_STATE)} - {""}
+    if (path := _path(context)) is not None:
+        pattern = f"{glob.escape(path.name)}.{'[0-9a-f]' * messages.TAG}"
+        found |= {file.name[-messages.TAG :] for file in path.parent.glob(pattern)}
+    return sorted(found)
+
+
+def _read(context: Context, tag: str = "") -> bytes | None:
+    """The moments that were fetched before, or what a request was answered."""
+    kept = context.state.array_records.get(_STATE + tag)
     if kept is not None:
         return kept["data"].data
-    path = _path(context, id)
+    path = _path(context, tag)
     return path.read_bytes() if path is not None and path.exists() else None
 
 
-def _write(context: Context, data: bytes, id: str = "") -> None:
-    context.state[_STATE + id] = ArrayRecord({"data": Array("uint8", (len(data),), "bytes", data)})
-    if (path := _path(context, id)) is not None:
+def _write(context: Context, data: bytes, tag: str = "") -> None:
+    if (path := _path(context, tag)) is not None:
         files.write_bytes(path, data, 0o600)
+    context.state[_STATE + tag] = ArrayRecord({"data": Array("uint8", (len(data),), "bytes", data)})
 
 
-def _path(context: Context, id: str) -> Path | None:
+def _path(context: Context, tag: str = "") -> Path | None:
     """The node's file, and beside it one for each request."""
     place = context.node_config.get("moments")
-    if place is None:
-        return None
-    return Path(f"{place}.{hashlib.sha256(id.encode()).hexdigest()[:32]}" if id else str(place))
-
-
-def _keep(context: Context, moments: Moments | GroupedMoments) -> bytes:
-    data = moments.to_bytes()
-    _write(context, data)
-    return data
+    return None if place is None else Path(f"{place}.{tag}" if tag else str(place))

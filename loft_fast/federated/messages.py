@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
@@ -13,6 +14,8 @@ from loft_fast.moments import Moments
 SCHEMA = 1
 MOMENTS, ROWS, UPDATE = "query.moments", "query.rows", "query.update"
 """The questions: for all moments, for those of rows to be forgotten, and to take a projection or weights."""
+
+TAG = 32  # hexadecimal digits
 
 _RECORD, _SEAL = "loft_fast", "loft_fast.bytes"
 _HEADER = 2**16  # bytes of a header besides its keys
@@ -59,6 +62,11 @@ def bytes_in(record: RecordDict, name: str, limit: int | None = None) -> bytes |
     if limit is not None and len(array.data) > limit:
         raise FileFormatError(f"message: {name} has {len(array.data)} bytes, expected at most {limit}")
     return array.data
+
+
+def tag_of(id: str) -> str:
+    """What stands for a request where its id may not."""
+    return hashlib.sha256(id.encode()).hexdigest()[:TAG]
 
 
 def largest(dim: int, groups: int | None) -> int:

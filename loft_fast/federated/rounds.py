@@ -4,18 +4,35 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from typing import Any, TypeGuard
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 from tqdm.auto import tqdm
 
+from loft_fast.errors import InputError
+
 _PAUSE = 0.05  # seconds between two looks for answers
 
 
-def wait_for_nodes(grid: Grid, nodes: Iterable[int] | int | None, timeout: float) -> list[int]:
+def check_nodes(nodes: Iterable[int] | int | None, name: str = "nodes") -> list[int] | int | None:
+    """The argument `nodes`: a list without doubles, how many, or None for all."""
+    if nodes is None or (_is_number(nodes) and nodes >= 1):
+        return nodes
+    listed: list[Any] = list(nodes) if isinstance(nodes, Iterable) and not isinstance(nodes, str | bytes) else [None]
+    if not all(map(_is_number, listed)):
+        raise InputError(f"{name}: got {nodes!r}, expected a list of numbers of nodes, or how many")
+    return sorted(set(listed))
+
+
+def _is_number(node: object) -> TypeGuard[int]:
+    return isinstance(node, int) and not isinstance(node, bool)
+
+
+def wait_for_nodes(grid: Grid, nodes: list[int] | int | None, timeout: float) -> list[int]:
     """Nodes to ask: these, or all there are, once there are as many as a number says or time is up."""
-    if nodes is not None and not isinstance(nodes, int):
-        return sorted(set(nodes))
+    if isinstance(nodes, list):
+        return nodes
     give_up = time.monotonic() + timeout
     while True:
         found = sorted(set(grid.get_node_ids()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterable
@@ -17,9 +16,10 @@ from torch import nn
 from loft_fast.continual import solve_next
 from loft_fast.errors import FederatedError, FileFormatError, InputError
 from loft_fast.federated import messages
-from loft_fast.federated.answers import Judge
+from loft_fast.federated.answers import Judge, RefusedError, reason
 from loft_fast.federated.archive import Archive, Event, by_key, from_keys
-from loft_fast.federated.rounds import ask, wait_for_nodes
+from loft_fast.federated.rounds import ask, check_nodes, wait_for_nodes
+from loft_fast.float_state import FloatState
 from loft_fast.grouped_moments import GroupedMoments, Key, plain_keys
 from loft_fast.moments import Moments
 from loft_fast.ops.arguments import check_positive
@@ -29,6 +29,7 @@ from loft_fast.sites import find_site
 log = logging.getLogger("loft_fast")
 
 _FILE = "federated.sqlite"
+_DIGEST = 64  # hexadecimal digits
 
 
 @dataclass
@@ -158,7 +159,10 @@ class MomentsServer:
 
     @property
     def _site(self) -> str | None:
-        return self._blank.site or self._archive.get("site")
+        return self._site_in(self._archive.round)
+
+    def _site_in(self, round: int) -> str | None:
+        return self._blank.site or self._archive.site(round)
 
     # ---- rounds ----
 
@@ -191,6 +195,7 @@ class MomentsServer:
         check_positive("timeout", timeout)
         if quorum is not None and (isinstance(quorum, bool) or not isinstance(quorum, int) or quorum < 1):
             raise InputError(f"quorum: got {quorum!r}, expected an integer >= 1")
+        nodes = check_nodes(nodes)
         archive, number = self._archive, self._open(refresh)
         result = Round(number)
         asked = wait_for_nodes(grid, nodes, timeout)
@@ -264,42 +269,69 @@ class MomentsServer:
             who = client
             if archive.is_gone("client", client):
                 result.settled.add(str(node))
-                raise FileFormatError("it was forgotten")
-            data = self._judge.data(answer)
-            digest = hashlib.sha256(data).hexdigest()
-            known = archive.known(result.number, client)
+                raise RefusedError("it was forgotten")
+            self._check_memory(client, answer)
+            moments = self._judge.moments(self._judge.data(answer), self._site_in(result.number))
+            known, digest = archive.known(result.number, client), moments.digest()
             if known == digest:
                 result.settled.add(str(node))
-                raise FileFormatError("the same answer again")
+                raise RefusedError("the same answer again")
             if known is not None:
-                raise FileFormatError("another answer than before, which stands")
-            moments = self._judge.moments(data, self._site)
-        except FileFormatError as error:
-            result.refused[who] = str(error)
-            log.warning("round %d: %s is refused: %s", result.number, who, error)
+                raise RefusedError("another answer than before, which stands")
+            sums = self._sums(result.number, moments)
+        except (RefusedError, FileFormatError) as error:
+            why = reason(error)
+            result.refused[who] = why
+            log.warning("round %d: %s is refused: %s", result.number, who, why)
             with archive.change():
-                archive.write(result.number, "refused", str(error), client, str(node))
+                archive.write(result.number, "refused", why, client, str(node))
             return
         with archive.change():
-            self._accept(result.number, client, str(node), digest, moments)
+            self._accept(result.number, client, str(node), digest, moments, sums)
         result.accepted.append(client)
         result.settled.add(str(node))
+
+    def _check_memory(self, client: str, answer: Message) -> None:
+        """Refuse a client that has lost what it answered: it does not know which rows to leave out."""
+        known = messages.fields_of(answer.content).get("answered")
+        tags = known if isinstance(known, list) else []
+        lost = [id for id in self._archive.requests(client) if messages.tag_of(id) not in tags]
+        if lost:
+            raise RefusedError(f"it knows nothing of request {lost[0]!r}, and the rows of it would come back")
 
     def _still(self, moments: Moments | GroupedMoments) -> dict[str, Moments]:
         """What there is of groups that were not forgotten."""
         gone = self._archive.gone("group")
         return {key: part for key, part in by_key(moments).items() if key not in gone}
 
-    def _accept(self, round: int, client: str, node: str, digest: str, moments: Moments | GroupedMoments) -> None:
-        archive, parts = self._archive, self._still(moments)
-        kept = {key: part.to_bytes() for key, part in parts.items()} if self._keep == "clients" else {}
-        archive.add_member(round, client, node, digest, moments.count, kept)
-        if self._blank.exact is not None:
-            total = archive.total(round, parts)
-            for key, part in parts.items():
-                archive.set_total(round, key, total[key] + part if key in total else part)
-        if moments.site is not None and self._site is None:
-            archive.put("site", moments.site)
+    def _sums(self, round: int, moments: Moments | GroupedMoments) -> dict[str, Moments]:
+        """What the kept sums become with the moments of a client; refuses more rows than they can hold."""
+        if self._blank.exact is None:
+            rows = self._archive.count(round) + moments.count
+            if rows > FloatState.most_rows:
+                raise RefusedError(f"with it there would be {rows} rows, expected at most {FloatState.most_rows}")
+            return {}
+        parts = self._still(moments)
+        total = self._archive.total(round, parts)
+        try:
+            return {key: total[key] + part if key in total else part for key, part in parts.items()}
+        except InputError as error:
+            raise RefusedError(f"it cannot be added to the others: {error}") from error
+
+    def _accept(
+        self,
+        round: int,
+        client: str,
+        node: str,
+        digest: str,
+        moments: Moments | GroupedMoments,
+        sums: dict[str, Moments],
+    ) -> None:
+        archive = self._archive
+        kept = {key: part.to_bytes() for key, part in self._still(moments).items()} if self._keep == "clients" else {}
+        archive.add_member(round, client, node, digest, moments, kept)
+        for key, total in sums.items():
+            archive.set_total(round, key, total)
         archive.write(round, "accepted", f"{moments.count} rows, SHA-256 {digest}", client, node)
 
     # ---- requests ----
@@ -325,16 +357,8 @@ class MomentsServer:
             raise InputError(f"clients: no client {unknown!r}; there are {there}")
         if self._keep == "sum":
             raise InputError("clients: contributions are not kept (keep='sum'); ask them: forget_rows(grid, node)")
-        round = self._archive.round
-        part = self._pooled(round, names)
-
-        def change() -> None:
-            self._subtract(round, by_key(part))
-            self._archive.drop_members(round, names)
-            self._archive.set_gone("client", names)
-
-        rest = self._rest(round, names, part)
-        return self._forget(id, rest, part, what, change, options)
+        part = self._pooled(self._archive.round, names)
+        return self._drop(names, self._rest(self._archive.round, names, part), part, what, id, options)
 
     def forget_groups(self, keys: Iterable[Key], id: str | None = None, **options: Any) -> Projection | None:
         """Forget groups, such as classes, of all clients; as for `forget_clients`. No client brings them back."""
@@ -370,57 +394,85 @@ class MomentsServer:
         Raises:
             FederatedError: no answer, or one that cannot be: rows that the client has never had.
         """
-        if not isinstance(id, str) or not id:
-            raise InputError(f"id: got {id!r}, expected a text")
+        if id is None:
+            raise InputError("id: got None, expected a text that can be printed")
         check_positive("timeout", timeout)
+        check_nodes([node], "node")
         what = f"{'everything' if everything else 'rows'} of node {node}"
         if self._answered(id, what):
             return self.projection
-        round = self._archive.round
-        found: list[tuple[str, Moments | GroupedMoments]] = []
+        client, moments, left = self._hear(grid, node, id, timeout, everything)
+        part = from_keys(self._still(moments), moments)
+        round, own = self._archive.round, None
+        try:
+            if self._keep == "clients" and not everything:
+                own = self._pooled(round, [client]) - part  # type: ignore[operator] # both are of one kind
+            rest = self._rest(round, [client], part, own)
+        except InputError as error:
+            raise FederatedError(f"client {client}: these rows are not its own: {error}") from error
+        if everything:
+            return self._drop([client], rest, part, what, id, options)
+
+        def change() -> None:
+            self._subtract(round, by_key(part))
+            kept = {} if own is None else {key: own_part.to_bytes() for key, own_part in by_key(own).items()}
+            self._archive.replace_parts(round, client, kept, moments.count, left)
+
+        return self._forget(id, rest, part, what, change, options, client)
+
+    def _hear(
+        self, grid: Grid, node: int, id: str, timeout: float, everything: bool
+    ) -> tuple[str, Moments | GroupedMoments, str]:
+        """Who answers a request, what it wants to be forgotten, and the digest of what is then left of it, or ""."""
+        archive, round = self._archive, self._archive.round
+        found: list[tuple[str, Moments | GroupedMoments, str]] = []
         refused: list[str] = []
 
         def take(node: int, answer: Message) -> None:
             try:
                 client = self._judge.sender(node, answer, round, None if everything else id)
                 if client not in self.clients:
-                    raise FileFormatError("it has not contributed")
+                    raise RefusedError("it has not contributed")
+                if everything and self._keep == "clients":  # its word is not needed
+                    found.append((client, self._pooled(round, [client]), ""))
+                    return
                 moments = self._judge.moments(self._judge.data(answer), self._site)
-                found.append((client, from_keys(self._still(moments), moments)))
-            except FileFormatError as error:
-                refused.append(str(error))
+                _, digest, count = archive.members(round)[client]
+                if moments.count > count or (everything and moments.count != count):
+                    raise RefusedError(f"it sent {moments.count} rows, expected {count}, as it contributed")
+                if everything and digest and moments.digest() != digest:
+                    raise RefusedError("it sent other rows than it contributed")
+                left = messages.fields_of(answer.content).get("left")
+                found.append((client, moments, left if isinstance(left, str) and len(left) == _DIGEST else ""))
+            except (RefusedError, FileFormatError) as error:
+                refused.append(reason(error))
 
         kind = messages.MOMENTS if everything else messages.ROWS
         content = {"round": round, "exact": self._blank.exact, "id": id}
         ask(grid, kind, lambda: messages.question(**content), [node], timeout, str(round), take)
-        if not found:
-            why = refused[0] if refused else f"no answer within {timeout:g} s"
-            with self._archive.change():
-                self._archive.write(round, "refused" if refused else "missing", f"request {id}: {why}", None, str(node))
-            raise FederatedError(f"node {node}: {why}")
-        client, part = found[0]
-        count = self._archive.members(round)[client][2]
-        if part.count > count or (everything and part.count != count and not self._archive.gone("group")):
-            raise FederatedError(f"client {client}: it sent {part.count} rows, expected {count}, as it contributed")
-        own = None
-        try:
-            if self._keep == "clients":
-                own = self._pooled(round, [client]) - part  # type: ignore[operator] # both are of one kind
-            rest = self.moments - part  # type: ignore[operator]
-        except InputError as error:
-            raise FederatedError(f"client {client}: these rows are not its own: {error}") from error
+        if found:
+            return found[0]
+        why = refused[0] if refused else f"no answer within {timeout:g} s"
+        with archive.change():
+            archive.write(round, "refused" if refused else "missing", f"request {id}: {why}", None, str(node))
+        raise FederatedError(f"node {node}: {why}")
+
+    def _drop(
+        self,
+        names: list[str],
+        rest: Moments | GroupedMoments,
+        part: Moments | GroupedMoments,
+        what: str,
+        id: str | None,
+        options: dict[str, Any],
+    ) -> Projection | None:
+        """Forget clients that contributed `part`, so that `rest` is left."""
 
         def change() -> None:
-            self._subtract(round, by_key(part))
-            if everything:
-                self._archive.drop_members(round, [client])
-                self._archive.set_gone("client", [client])
-                return
-            left = {} if own is None else {key: own_part.to_bytes() for key, own_part in by_key(own).items()}
-            self._archive.replace_parts(round, client, left, part.count)
+            self._subtract(self._archive.round, by_key(part))
+            self._archive.drop_members(self._archive.round, names)
+            self._archive.set_gone("client", names)
 
-        if own is not None and self._blank.exact is None:
-            rest = self._rest(round, [client], part, own)
         return self._forget(id, rest, part, what, change, options)
 
     def _rest(
@@ -450,10 +502,11 @@ class MomentsServer:
         what: str,
         change: Callable[[], None],
         options: dict[str, Any],
+        client: str | None = None,
     ) -> Projection | None:
         if self._archive.get("open") is not None:
             raise FederatedError(f"round {self._archive.round + 1} is open: collect or abandon() first")
-        project = options.pop("project", True)
+        project = options.pop("project", True) and part.count  # of rows in groups that are gone, nothing is left to do
         projection = self.projection
         if project:
             projection = solve_next(projection, rest, part, None, **options)  # type: ignore[arg-type]
@@ -461,11 +514,13 @@ class MomentsServer:
         with self._archive.change():
             change()
             self._archive.put("projection", None if projection is None else projection.to_bytes())
-            self._archive.write(self._archive.round, "forgotten", what, id=id)
+            self._archive.write(self._archive.round, "forgotten", what, client, id=id)
         return projection
 
     def _answered(self, id: str | None, what: str) -> bool:
         """Whether there was a request of this id, which must have been the same."""
+        if id is not None and not (isinstance(id, str) and id and id.isprintable()):
+            raise InputError(f"id: got {id!r}, expected a text that can be printed")
         event = None if id is None else self._archive.request(id)
         if event is not None and event.reason != what:
             raise InputError(f"id: {id!r} was another request: {event.reason}")
@@ -490,10 +545,11 @@ class MomentsServer:
         if projection is None:
             raise InputError("projection: there is none yet, as nothing was forgotten")
         check_positive("timeout", timeout)
+        wanted = check_nodes(nodes)
         data = projection.to_bytes()
         weights = None
         if model is not None:
-            place = find_site(model, self._site)
+            place = find_site(model, projection.site)
             state = place.plain.state_dict()
             weights = ArrayRecord({f"{place.name}.{name}": Array(tensor) for name, tensor in state.items()})
 
@@ -510,7 +566,7 @@ class MomentsServer:
             if answer.has_error():
                 failed.append(node)
 
-        asked = wait_for_nodes(grid, nodes, timeout)
+        asked = wait_for_nodes(grid, wanted, timeout)
         silent = ask(grid, messages.UPDATE, content, asked, timeout, str(self._archive.round), take, progress)
         return [str(node) for node in sorted({*silent, *failed})]
 
@@ -518,7 +574,11 @@ class MomentsServer:
 def _listed(clients: Iterable[str]) -> list[str]:
     if isinstance(clients, str) or not isinstance(clients, Iterable):
         raise InputError(f"clients: got {clients!r}, expected a list of names")
-    names = sorted(set(clients))
+    listed = list(clients)
+    wrong = [name for name in listed if not isinstance(name, str)]
+    if wrong:
+        raise InputError(f"clients: got {wrong[0]!r}, expected names, such as {str(wrong[0])!r}")
+    names = sorted(set(listed))
     if not names:
         raise InputError("clients: got none, expected at least one name")
     return names
