@@ -16,7 +16,7 @@ TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 0, 1
 class FakeGrid(Grid):
     """Delivers a question when it is asked for the answer; `faults` maps a node to what becomes of its answer."""
 
-    def __init__(self, nodes, *, grouped=True, dim=DIM, forget=None, receive=None, n=40):
+    def __init__(self, nodes, *, grouped=True, dim=DIM, forget=None, receive=None, n=40, gone=None):
         self.faults, self.asked, self.fetched = {}, [], []
         self._questions, self._late, self.delivered = {}, [], []
 
@@ -24,10 +24,12 @@ class FakeGrid(Grid):
             client = context.node_id
             self.fetched.append(client)
             moments = moments_of([client], exact, grouped, dim, n)
+            for part in (gone or {}).get(client, ()):  # deleted where they lay
+                moments = moments - part
             moments.site = "fc:input"
             return moments
 
-        app = client_app(fetch, forget=forget, receive=receive)
+        app = client_app(fetch, forget=forget, receive=receive, deletes=gone is not None)
         self._apps = {node: app for node in nodes}
         self._contexts = {
             node: Context(run_id=1, node_id=node, node_config={}, state=RecordDict(), run_config={}) for node in nodes

@@ -168,6 +168,24 @@ def test_forgotten_rows_stay_forgotten_when_all_are_asked_anew(tmp_path, keep):
             assert server.moments.digest() == expected.digest()
 
 
+def test_rows_that_are_deleted_where_they_lie_are_not_subtracted_twice(tmp_path, keep):
+    gone = {2: []}
+
+    def forget(context, id):
+        gone[2].append(some_rows(context, id))
+        return gone[2][-1]
+
+    grid = FakeGrid(range(1, 4), forget=forget, gone=gone)
+    with server_in(tmp_path, keep=keep) as server:
+        server.collect(grid, **QUICK)
+        for id in ("first", "second"):
+            server.forget_rows(grid, 2, id, project=False)
+            left = server.moments.digest()
+            server.collect(grid, refresh=True, **QUICK)
+            assert server.moments.digest() == left
+    assert len(gone[2]) == 2
+
+
 def test_a_client_that_lost_its_answers_does_not_bring_the_rows_back(tmp_path, keep):
     grid = FakeGrid([1, 2], forget=some_rows)
     with server_in(tmp_path, keep=keep) as server:

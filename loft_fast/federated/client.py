@@ -25,17 +25,20 @@ Rows = Callable[[Context, str], Moments | GroupedMoments | None]
 Receive = Callable[[Context, Projection | dict[str, Tensor]], Any]
 
 
-def client_app(fetch: Fetch, *, forget: Rows | None = None, receive: Receive | None = None) -> ClientApp:
+def client_app(
+    fetch: Fetch, *, forget: Rows | None = None, receive: Receive | None = None, deletes: bool = False
+) -> ClientApp:
     """A ClientApp that answers a `MomentsServer`.
 
     Args:
         fetch: (context, exact) -> moments of this client's rows, with the `exact` that the server asks for. Called
             once, and again when the server begins anew (`refresh`): the result is kept from message to message, and in
-            the file that the node's configuration calls `moments`, if there is one, from run to run. Rows that were
-            forgotten since are always among those it has to return: they are subtracted from the result, every time.
+            the file that the node's configuration calls `moments`, if there is one, from run to run.
         forget: (context, id of the request) -> moments of the rows that this client wants to be forgotten; None: none.
             Called once per request: what it returns is kept, as the result of `fetch` is.
         receive: (context, projection or weights), called with what the server sends at the end.
+        deletes: whether rows are deleted where they lie once they were forgotten, so that a later `fetch` no longer
+            finds them. Otherwise they are subtracted from what it returns, every time.
     """
     for name, function in (("fetch", fetch), ("forget", forget), ("receive", receive)):
         if not callable(function) and (function is not None or name == "fetch"):
@@ -49,6 +52,8 @@ def client_app(fetch: Fetch, *, forget: Rows | None = None, receive: Receive | N
         if data is None or bool(asked.get("refresh")):
             exact = asked.get("exact")
             whole = fetch(context, None if exact is None else float(exact))
+            if deletes:
+                whole = sum(_answers(context), whole)  # type: ignore[arg-type] # as if they were still there
             left, data = _left(context, whole), whole.to_bytes()
             _write(context, data)
         else:
@@ -96,12 +101,16 @@ def _answer(message: Message, context: Context, asked: dict[str, Any], data: byt
 def _left(context: Context, whole: Moments | GroupedMoments) -> Moments | GroupedMoments:
     """Moments that were fetched without the rows that were forgotten since."""
     try:
-        for tag in _tags(context):
-            if part := _read(context, tag):
-                whole = whole - _moments_of(part)  # type: ignore[operator] # both are of one kind
+        for part in _answers(context):
+            whole = whole - part  # type: ignore[operator] # both are of one kind
     except InputError as error:
         raise InputError(f"fetch: got moments without rows that were forgotten, expected them, too: {error}") from error
     return whole
+
+
+def _answers(context: Context) -> list[Moments | GroupedMoments]:
+    """The moments of all rows that were forgotten so far."""
+    return [_moments_of(part) for tag in _tags(context) if (part := _read(context, tag))]
 
 
 def _moments_of(data: bytes) -> Moments | GroupedMoments:
