@@ -4,6 +4,7 @@
 
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "eigh.h"
@@ -32,14 +33,15 @@ loft_fast::Rows rows_at(uintptr_t x, int dtype, int64_t n, int64_t d, int64_t ro
     return {reinterpret_cast<const void*>(x), static_cast<loft_fast::DType>(dtype), n, d, row_stride, col_stride};
 }
 
-// The second operand is left out where its address is zero.
+// Without y, x is multiplied with itself. The address of a tensor without numbers is zero, so that tells nothing.
 template <typename T>
-void gram(uintptr_t x, const std::array<int64_t, 3>& x_strides, uintptr_t y, const std::array<int64_t, 3>& y_strides,
-          int64_t many, int64_t n, int64_t x_columns, int64_t y_columns, uintptr_t out, int threads) {
+void gram(uintptr_t x, const std::array<int64_t, 3>& x_strides, std::optional<uintptr_t> y,
+          const std::array<int64_t, 3>& y_strides, int64_t many, int64_t n, int64_t x_columns, int64_t y_columns,
+          uintptr_t out, int threads) {
     const auto at = [](uintptr_t data, int64_t columns, const std::array<int64_t, 3>& strides) {
         return loft_fast::Matrices<T>{reinterpret_cast<const T*>(data), columns, strides[0], strides[1], strides[2]};
     };
-    const auto left = at(x, x_columns, x_strides), right = at(y, y_columns, y_strides);
+    const auto left = at(x, x_columns, x_strides), right = at(y.value_or(0), y_columns, y_strides);
     loft_fast::gram<T>(left, y ? &right : nullptr, many, n, reinterpret_cast<T*>(out), threads);
 }
 

@@ -11,7 +11,8 @@ namespace loft_fast {
 // Multiply-adds below which a thread costs more than it brings.
 constexpr int64_t kWorthAThread = 1 << 19;
 
-// Run task() in up to `threads` threads at once, the caller's among them, and wait for all. There may be fewer.
+// Run task() in up to `threads` threads at once, the caller's among them, and wait for all. There may be fewer. The
+// first exception is rethrown when all are done; so none may be thrown while others wait for its thread.
 void in_parallel(int threads, const std::function<void()>& task);
 
 // Spins a while before it gives way to others: what is waited for is being done by another thread right now.

@@ -175,6 +175,7 @@ class Projector {
 template <typename Kernel, typename In>
 void run(const Rows& x, const typename Kernel::Sum* basis, const typename Kernel::Sum* center, int64_t s, In* out,
          int threads) {
+    if (x.n == 0) return;
     const int64_t affordable = std::min<int64_t>(threads, 1 + x.n * x.d * s / kSmall);
     using Team = Projector<In, Kernel>;
     Team team(x, basis, center, s, out, affordable);

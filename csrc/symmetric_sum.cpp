@@ -16,6 +16,7 @@ constexpr int64_t kSmall = 1 << 18;  // additions below which a thread costs mor
 }  // namespace
 
 void symmetric_sum(double* out, const std::vector<const double*>& matrices, int64_t d, int threads) {
+    if (d == 0) return;
     const int64_t height = std::max<int64_t>(1, kBand / (8 * d)), bands = (d + height - 1) / height;
     const int64_t additions = static_cast<int64_t>(matrices.size()) * d * d / 2;
     std::atomic<int64_t> next{0};

@@ -3,12 +3,14 @@
 Of each piece of the rows, which are of one group, one program for each tile of the upper triangle multiplies, and one
 for each block of columns sums. What is multiplied is exact: 32-bit rows as differences from a row near their mean,
 16-bit rows as they are or, where a column lies far from zero, as a difference that 16 bits hold exactly (Sterbenz
-1974). Products are summed in float32 over `Blocks.flush` rows, beyond that in float64.
+1974). Rows too far from the others for that, which the sums see, have their group multiplied once more, in 32 bits.
+Products are summed in float32 over `Blocks.flush` rows, beyond that in float64.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 import triton
@@ -23,6 +25,7 @@ _SAMPLE = 256  # rows of a group that tell where its mean is, spread over all of
 _COLUMNS = 64  # of means that one program works out
 _STRIP = 16  # rows of a tile that one program merges: as many float64 numbers as registers hold
 _WORKSPACE = 256 << 20  # bytes of partial results at a time
+_INEXACT = tl.constexpr(2)  # mark of a group far from zero of which 16 bits do not hold every difference
 
 
 def launch(
@@ -79,9 +82,14 @@ def update(
     triangle = tiles * (tiles + 1) // 2 if addresses is not None else 0
     partial = x.new_empty(many, triangle, blocks.tile, blocks.tile, dtype=torch.float64)
     rest = x.new_empty(many, d, dtype=torch.float64)
-    wide = x.element_size() == 4
-    for center in (True,) if wide else (False, True):
-        gram[(triangle + tiles, many)](
+    versions = [(True, True, tiles, blocks)] if x.element_size() == 4 else []
+    if not versions:
+        versions = [(False, False, tiles, blocks), (True, False, tiles, blocks)]
+        if triangle:
+            versions.append((True, True, 0, widened(blocks)))
+            precision = "tf32x3"
+    for center, wide, sums, sizes in versions:
+        gram[(triangle + sums, many)](
             x,
             pieces.order,
             pieces.start[low:],
@@ -94,16 +102,16 @@ def update(
             d,
             triangle,
             *x.stride(),
-            TILE=blocks.tile,
-            ROWS=blocks.rows,
-            FLUSH=blocks.flush,
+            TILE=sizes.tile,
+            ROWS=sizes.rows,
+            FLUSH=sizes.flush,
             GATHER=pieces.order is not None,
             CENTER=center,
             WIDE=wide,
-            EVEN=d % blocks.tile == 0,
+            EVEN=d % sizes.tile == 0,
             PRECISION=precision,
-            num_warps=blocks.warps,
-            num_stages=blocks.stages,
+            num_warps=sizes.warps,
+            num_stages=sizes.stages,
         )
     where = (pieces.start, pieces.end, pieces.first, pieces.last, low, high)
     if triangle:
@@ -115,6 +123,11 @@ def update(
     count += pieces.sizes(low, high)
 
 
+def widened(blocks: Blocks) -> Blocks:
+    """Sizes for differences of 32 bits from rows of 16: of the same tiles, with room for numbers twice the size."""
+    return replace(blocks, rows=min(blocks.rows, 32), stages=2)
+
+
 def piece_rows(n: int, triangle: int, blocks: Blocks, device: torch.device) -> int:
     """Rows of a piece, so that all processors have work for several rounds, and a piece is worth its merging."""
     pieces = min(triton.cdiv(4 * processors(device), triangle), triton.cdiv(n, blocks.piece))
@@ -122,7 +135,10 @@ def piece_rows(n: int, triangle: int, blocks: Blocks, device: torch.device) -> i
 
 
 def shifts(x: Tensor, pieces: Pieces, groups: int) -> tuple[Tensor, Tensor]:
-    """What to subtract from rows of each group, (G, d) float32 in x's digits; whether any of it is not zero, (G,)."""
+    """What to subtract from rows of each group, (G, d) float32 in x's digits; whether any of it is not zero, (G,).
+
+    `update` marks there the groups of 16-bit rows of which it finds that the differences are not exact.
+    """
     d = x.shape[1]
     shift = torch.zeros(groups, d, device=x.device)
     far = torch.zeros(groups, dtype=torch.int32, device=x.device)
@@ -237,15 +253,21 @@ def gram(
     """Of one piece of rows: a tile of Z^T Z, or the sums of a block of columns.
 
     `triangle` programs along the first axis are for tiles and the rest for sums. Consecutive programs read the same
-    rows, which the second-level cache then has. CENTER serves groups far from zero, and the other version the rest.
+    rows, which the second-level cache then has. Of 16-bit rows CENTER serves groups far from zero, and the other
+    version the rest; a later one, WIDE, those of the former that were found to be inexact.
     """
     t, piece = tl.program_id(0), tl.program_id(1)
     start, end = tl.load(start_ptr + piece), tl.load(end_ptr + piece)
     if start == end:
         return
     group = tl.load(group_ptr + piece)
-    if not WIDE and (tl.load(far_ptr + group) != 0) != CENTER:
-        return
+    if x_ptr.dtype.element_ty != tl.float32:
+        far = tl.load(far_ptr + group)
+        if WIDE:
+            if far != _INEXACT:
+                return
+        elif (far != 0) != CENTER:
+            return
     shift_ptr += group * d
     if t < triangle:
         i, j = triangle_tile(t)
@@ -274,12 +296,18 @@ def gram(
         inside = columns < d
         shift = tl.load(shift_ptr + columns, mask=inside, other=0.0).to(tl.float64)
         rest = tl.zeros((TILE,), dtype=tl.float64)
+        inexact = tl.zeros((TILE,), dtype=tl.int32)
         for position in range(start, end, 8):
             positions = position + tl.arange(0, 8).to(tl.int64)
             at_row = _rows(order_ptr, positions, end, row_stride, GATHER)
             mask = (positions < end)[:, None] & inside[None, :]
             z = tl.load(x_ptr + at_row[:, None] + (columns * col_stride)[None, :], mask=mask, other=0.0)
-            rest += tl.sum(tl.where(mask, z.to(tl.float64) - shift[None, :], 0.0), axis=0)
+            difference = tl.where(mask, z.to(tl.float64) - shift[None, :], 0.0)
+            rest += tl.sum(difference, axis=0)
+            if CENTER and not WIDE:
+                inexact |= tl.max((difference.to(z.dtype).to(tl.float64) != difference).to(tl.int32), axis=0)
+        if CENTER and not WIDE and tl.max(inexact, axis=0) != 0:
+            tl.store(far_ptr + group, _INEXACT)
         tl.store(rest_ptr + piece.to(tl.int64) * d + columns, rest, mask=inside)
 
 

@@ -25,7 +25,7 @@ def launch(
     out = torch.empty(n, d, dtype=x.dtype, device=x.device)
     if n == 0:
         return out
-    scores = torch.empty(n, rank, dtype=x.dtype, device=x.device)
+    scores = torch.empty(n, rank, dtype=torch.float32 if x.dtype == torch.float16 else x.dtype, device=x.device)
     project[(triton.cdiv(n, blocks.tile),)](
         x,
         basis.to(x.dtype).contiguous(),
@@ -91,10 +91,12 @@ def project(
     """TILE rows: their scores (x - center) U, block by block, and with BACK center + scores U^T.
 
     The scores of TILE rows do not fit on chip for a large rank. They are written out and read again by the program that
-    wrote them: from the second-level cache.
+    wrote them: from the second-level cache. A row may be longer than the largest float16 number, and so may its scores:
+    they are multiplied as such over what makes them fit.
     """
     rows = (tl.program_id(0) * TILE + tl.arange(0, TILE)).to(tl.int64)
     here = (rows < n)[:, None]
+    most = tl.zeros((TILE,), dtype=tl.float32)
     for first in range(0, rank, BLOCK):
         vectors = first + tl.arange(0, BLOCK)
         total = tl.zeros((TILE, BLOCK), dtype=tl.float32)
@@ -113,8 +115,11 @@ def project(
             total = multiply(z.to(u.dtype), u, total, PRECISION)
         at = scores_ptr + rows[:, None] * rank + vectors[None, :]
         tl.store(at, total.to(scores_ptr.dtype.element_ty), mask=here & (vectors < rank)[None, :])
+        if BACK and basis_ptr.dtype.element_ty == tl.float16:
+            most = tl.maximum(most, tl.max(tl.abs(total), axis=1))
     if not BACK:
         return
+    scale = tl.maximum(most / 32768.0, 1.0)[:, None]
     tl.debug_barrier()  # what other threads of this program have written is read now
     for start in range(0, d, BLOCK):
         columns = (start + tl.arange(0, BLOCK)).to(tl.int64)
@@ -132,7 +137,11 @@ def project(
                 mask=inside[:, None] & within[None, :],
                 other=0.0,
             )
-            total = multiply(score, tl.trans(u), total, PRECISION)
+            if u.dtype == tl.float16:
+                score *= 1.0 / scale
+            total = multiply(score.to(u.dtype), tl.trans(u), total, PRECISION)
+        if basis_ptr.dtype.element_ty == tl.float16:
+            total *= scale
         total += center[None, :]
         tl.store(
             out_ptr + rows[:, None] * d + columns[None, :],

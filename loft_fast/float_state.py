@@ -20,6 +20,9 @@ from loft_fast.state import State, pack, unpack
 
 # The largest magnitudes whose squares a kernel can sum over a block without overflow, in float64 and in float32.
 _LARGEST_DOUBLE, _LARGEST_FLOAT = 1e150, 1e17
+# Rows of which nothing is larger are multiplied in float64: the least differences between numbers of this size, 1e-7 of
+# it, still have squares that float32 holds.
+_SMALLEST_FLOAT = 1e-9
 # Relative errors of a variance (512 additions in float32: 3e-5 at worst, in the whole and again in what is removed)
 # and, after a long stream, of a mean: a removal that leaves a variance further below zero than they explain took away
 # rows that were never there.
@@ -60,11 +63,7 @@ class FloatState(State):
 
     def check(self, rows: Tensor) -> None:
         """Refuse rows with NaN or Inf, and rows whose squares could overflow."""
-        largest, limit = largest_magnitude(rows), _limit(rows)
-        if largest > limit:
-            raise InputError(
-                f"x: got features up to {largest:.1e}, expected at most {limit:.0e}, or their squares overflow"
-            )
+        _checked(rows)
 
     @staticmethod
     def add(states: Sequence[FloatState], rows: Tensor, group: Tensor | None) -> None:
@@ -78,8 +77,7 @@ class FloatState(State):
                 if more.count:
                     state.take(state.pooled([state, more]) if state.count else more)
         else:
-            states[0].check(rows)
-            _merge(states, rows, group)
+            _merge(states, _multipliable(rows, _checked(rows)), group)
 
     def pooled(self, parts: Sequence[FloatState]) -> FloatState:
         """Summed in the order given."""
@@ -171,14 +169,35 @@ def _merge(states: Sequence[FloatState], rows: Tensor, group: Tensor | None, che
         if check:
             # No row is further from the mean than the square root of the scatter; NaN and Inf show in the mean.
             deviation = torch.stack([matrix.diagonal() for matrix in scatter]).clamp_min(0).sqrt()
-            if not float((mean.abs() + 1.001 * deviation).max()) <= _limit(rows):
-                states[0].check(rows)
+            most = float((mean.abs() + 1.001 * deviation).max())
+            if not most <= _limit(rows):
+                _checked(rows)
+            wider = _multipliable(rows, most)
+            if wider is not rows:
+                for state in states:
+                    state.matrix = None
+                return _merge(states, wider, group)
         for state, total, center in zip(states, count.tolist(), mean, strict=True):
             state.count, state.vector = total, center.clone()
     finally:
         for state in states:
             if not state.count:
                 state.matrix = None
+
+
+def _checked(rows: Tensor) -> float:
+    """The largest magnitude, if it is none that `FloatState.check` refuses."""
+    largest, limit = largest_magnitude(rows), _limit(rows)
+    if largest > limit:
+        raise InputError(
+            f"x: got features up to {largest:.1e}, expected at most {limit:.0e}, or their squares overflow"
+        )
+    return largest
+
+
+def _multipliable(rows: Tensor, largest: float) -> Tensor:
+    """The rows, in a type that holds their squares."""
+    return rows.double() if largest < _SMALLEST_FLOAT else rows
 
 
 def _limit(rows: Tensor) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -39,7 +41,10 @@ class Gaussians:
         generator = torch.Generator().manual_seed(0)
         shape = draws, groups.dim if many else outputs
         noise = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(self.means.device)
-        covariances = (part.second_moment(part.mean) for part in parts)
+        # A power of two, which rounds nothing: features of any size, in units of it, have variances for float32.
+        variance = float(torch.stack([part.scatter.diagonal() / part.count for part in parts]).max())
+        self.unit = 2.0 ** round(math.log2(variance) / 2) if variance > 0 else 1.0
+        covariances = (part.second_moment(part.mean) / self.unit**2 for part in parts)
         self.features = None
         if many:
             self.features = torch.stack([noise @ _root(covariance).T for covariance in covariances])
@@ -52,13 +57,14 @@ class Gaussians:
         found = []
         for bias in biases:
             offsets = means + bias
-            offsets = (offsets - offsets.amax(1, keepdim=True)).float()  # in float64 up to here: means may be large
+            # In float64 up to here: means may be large.
+            offsets = ((offsets - offsets.amax(1, keepdim=True)) / self.unit).float()
             right = (draws + offsets.unsqueeze(1)).argmax(2) == self.labels.unsqueeze(1)
             found.append(100 * float(right.double().mean(1) @ self.shares))
         return found
 
     def _logits(self, weight: Tensor) -> Tensor:
-        """How far draws are from the mean of their group, (groups, draws, outputs)."""
+        """How far draws are from the mean of their group, in units, (groups, draws, outputs)."""
         if self.features is not None:
             return self.features @ weight.T
         weight = weight.T.expand(len(self.covariances), -1, -1)

@@ -131,11 +131,12 @@ class _Models:
         return [self._optimum(i, angle, goal) for i, angle in enumerate(self.angles)]
 
     def _optimum(self, i: int, angle: float, goal: Goal) -> float:
-        return _root(
+        step = _root(
             lambda t: goal.residual(angle + t, *self.shares(i, t)),
             max(-_FAR, -angle),
             min(_FAR, math.pi / 2 - angle),
         )
+        return step if math.isfinite(step) else 0.0
 
     def shares(self, i: int, t: float) -> tuple[float, float]:
         """The predicted (a, b) of the extreme point at angles[i] + t: from h = a cos - b sin and its derivative."""
@@ -198,7 +199,8 @@ class _Models:
     def _gaps(self, energies: Tensor) -> Tensor:
         """Differences of energies, (P, d - s, s); where below rounding, what they mix matters as little."""
         gaps = energies[:, None, self.cut :] - energies[:, : self.cut, None]
-        return gaps.clamp_min_(1e-6 * float(energies.abs().max()))
+        # M itself may be zero, of two sets alike; A, of trace one, has an eigenvalue of at least 1 / d.
+        return gaps.clamp_min_(1e-6 * max(float(energies.abs().max()), 1 / energies.shape[-1]))
 
 
 def _bounded(tangents: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ def prove(
 
     Args:
         objectives: P problems of d features. angles: theirs.
-        bases: (P, d, s), full column rank.
+        bases: (P, d, s), nearly orthonormal.
         edges: (P, d, 2 w), full column rank, nearly spanning the eigenvectors s - w + 1 to s + w from the largest. They
             tell a level between the eigenvalues s and s + 1; another one proves nothing.
         levels: such levels, where they are known without edges.
@@ -46,12 +46,7 @@ def prove(
     matrix = (turn.cos() * retain).addcmul_(turn.sin(), forget, value=-1)
     level = turn.new_tensor(levels).view(-1, 1, 1) if edges is None else _level(matrix, edges.double())
     lift = 2 * torch.linalg.matrix_norm(matrix, keepdim=True)
-    bases = bases.double()
-    root, failed = torch.linalg.cholesky_ex(ops.gram(bases))
-    root[failed > 0] = torch.eye(root.shape[-1]).to(root)
-    # Cholesky QR: for columns that are nearly orthonormal as accurate as Householder's, and products alone.
-    bases = torch.linalg.solve_triangular(root.mT, bases, upper=True, left=False)
-    proven = failed == 0
+    bases, proven = orthonormal(bases.double())
     projector = ops.gram(bases.mT)
     shares = [_inner(one, projector).clamp(0, 1) for one in (retain, forget)]
     lifted = projector.mul_(lift).sub_(matrix)  # N
@@ -72,12 +67,21 @@ def prove(
     ]
 
 
+def orthonormal(bases: Tensor) -> tuple[Tensor, Tensor]:
+    """Bases (P, d, s) float64 of the same spaces, orthonormal; and which are: those without full rank are left alone.
+
+    Cholesky QR: for columns that are nearly orthonormal as accurate as Householder's, and products alone. For others
+    what it misses grows with the square of their condition, and a second time makes up for it.
+    """
+    root, failed = torch.linalg.cholesky_ex(ops.gram(bases))
+    root[failed > 0] = torch.eye(root.shape[-1]).to(root)
+    return torch.linalg.solve_triangular(root.mT, bases, upper=True, left=False), failed == 0
+
+
 def _level(matrix: Tensor, edges: Tensor) -> Tensor:
     """t, (P, 1, 1): halfway between the two Ritz values in the middle; 0 where the edges have no full rank."""
     wide = edges.shape[-1] // 2
-    root, failed = torch.linalg.cholesky_ex(edges.mT @ edges)
-    root[failed > 0] = torch.eye(2 * wide).to(root)
-    edges = torch.linalg.solve_triangular(root.mT, edges, upper=True, left=False)
+    edges, _ = orthonormal(edges)
     ritz = torch.linalg.eigvalsh((edges.mT @ (matrix @ edges)).nan_to_num_())
     return ritz[:, wide - 1 : wide + 1].mean(1).view(-1, 1, 1)
 

@@ -18,7 +18,7 @@ from loft_fast.goals import Goal
 from loft_fast.newton import Offer
 from loft_fast.objective import Objective
 from loft_fast.ops.topk_projector import TopK, Window, topk_projector
-from loft_fast.proof import prove
+from loft_fast.proof import orthonormal, prove
 
 _MAX_STEPS = 8
 _NEAR = 3e-4  # radians; the loss is flat to second order, so that this is near enough for a proof of 1e-6
@@ -126,7 +126,8 @@ def _kept(found: TopK, matrices: Tensor) -> list[float]:
 
 
 def _spanned(projector: Tensor, rank: int) -> Tensor:
-    """(P, d, s): the projection of random vectors, which spans its range."""
+    """(P, d, s) float64, nearly orthonormal: from the projection of random vectors, which spans the range."""
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(projector.shape[-1], rank, generator=generator, device="cpu").to(projector)
-    return projector @ vectors
+    basis, _ = orthonormal((projector @ vectors).double())
+    return basis

@@ -40,8 +40,8 @@ class Optimum:
 
     @property
     def relative_gap(self) -> float:
-        """(loss - bound) / loss."""
-        return (self.loss - self.bound) / max(self.loss, _TINY_LOSS) if self.loss > self.bound else 0.0
+        """(loss - bound) / loss. Of a loss that is no number neither is the gap."""
+        return 0.0 if self.loss <= self.bound else (self.loss - self.bound) / max(self.loss, _TINY_LOSS)
 
 
 @lasting
@@ -282,7 +282,7 @@ class _Search:
     def consider(self, point: Point) -> None:
         """Take in a candidate."""
         loss = self.goal.loss(point.retain_kept, point.forget_kept)
-        if self.best is None or loss < self.loss:
+        if self.best is None or loss < self.loss or math.isnan(self.loss):
             self.best, self.loss = point, loss
 
     @property

@@ -1,6 +1,9 @@
 """Every backend of ops.eigh on the CPU against float64: what it has to be, on matrices that are hard to take apart."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -129,6 +132,31 @@ def test_numbers_that_are_not_finite_do_not_pass_for_others(backend, bad):
         return
     assert values[0].isfinite().all()
     assert not values[1].isfinite().all()
+
+
+OUT_OF_MEMORY = """
+import resource, torch
+from loft_fast.ops import eigh
+torch.set_num_threads(2)
+matrix = torch.zeros(2, 2000, 2000)
+eigh(torch.eye(64).repeat(2, 1, 1))  # the threads are there
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + matrix.nbytes + (8 << 20)  # for the result, and for no working memory
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+try:
+    eigh(matrix)
+except MemoryError:
+    print("told")
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_that_runs_out_in_all_threads_is_an_exception():
+    if "native" not in backends.available():
+        pytest.skip("native is not available here")
+    environment = {**os.environ, backends.VARIABLE: "native"}
+    done = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "told\n"), done.stderr
 
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)

@@ -44,6 +44,14 @@ def test_accuracies_are_those_of_rows_drawn_from_the_groups(drawn, mean):
     assert found == pytest.approx(right, abs=1.5)
 
 
+@pytest.mark.parametrize("scale", [2.0**-200, 2.0**70, 2.0**200])
+def test_the_size_of_the_features_does_not_matter(drawn, scale):
+    rows, labels, weight, bias = problem()
+    plain, scaled = (GroupedMoments(rows.shape[1]).update(size * rows, labels) for size in (1.0, scale))
+    found = Gaussians(scaled, 5).accuracies(weight, [scale * bias])
+    assert found == pytest.approx(Gaussians(plain, 5).accuracies(weight, [bias]), abs=0.1)
+
+
 def test_only_the_outputs_that_are_open_are_chosen(drawn):
     rows, labels, weight, bias = problem()
     groups = GroupedMoments(rows.shape[1]).update(rows, labels)

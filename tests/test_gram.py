@@ -48,10 +48,18 @@ def test_gram(use, threads, backend, dtype, shape, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gram_of_two(use, threads, backend, dtype, columns, layout):
     use("gram", backend, dtype)
-    for many, n, d in ((1, 300, 50), (4, 9, 1), (2, 33, 97), (1, 1100, 400)):
+    for many, n, d in ((1, 300, 50), (4, 9, 1), (2, 33, 97), (1, 1100, 400), (2, 0, 30)):
         x, y = LAYOUTS[layout](normal(many, n, d).to(dtype)), normal(many, n, columns, seed=1).to(dtype)
         close(gram(x, y), x.double().mT @ y.double(), dtype, n)
         close(gram(y, x), y.double().mT @ x.double(), dtype, n)
+
+
+@each_backend
+def test_gram_with_a_matrix_without_columns(use, backend):
+    use("gram", backend, F64)
+    x, none = normal(2, 9, 30), normal(2, 9, 30)[..., :0]
+    assert gram(x, none).shape == (2, 30, 0)
+    assert gram(none, x).shape == (2, 0, 30)
 
 
 def positive(many, d, least=0.1):

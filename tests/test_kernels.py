@@ -50,6 +50,22 @@ def test_many_tiles_pieces_and_flushes(dtype, grouped, offset):
             assert abs(matrix.numpy() - true).max() <= 2e-6 * abs(true).max()
 
 
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+@pytest.mark.parametrize("rare", [0.3, 0.0021, 1000.3])
+@pytest.mark.parametrize("precision", ["tf32x3", "bf16"])
+def test_rows_that_16_bits_do_not_hold_less_the_mean(dtype, rare, precision):
+    # Most lie at one, and their mean far from zero; a few do not, and less the mean have more digits than there are.
+    generator = torch.Generator().manual_seed(0)
+    x = torch.where(torch.rand(600, 20, generator=generator) < 0.004, rare, 1.0).to(dtype)
+    group = torch.arange(600) % 3
+    x[group == 2] -= 1  # and a group about zero
+    _, _, scatter = run(x, 3, group, precision=precision, blocks=SMALL)
+    for g, matrix in enumerate(scatter):
+        _, true = expected(x[group == g].double())
+        assert torch.equal(matrix, matrix.T)
+        assert abs(matrix.numpy() - true).max() <= 2e-6 * abs(true).max()
+
+
 def test_a_workspace_for_some_pieces_at_a_time_changes_only_rounding(monkeypatch):
     x, group = normal(400, 20, dtype=F32), torch.arange(400) * 7 % 5
     whole = run(x, 5, group, old_state, blocks=SMALL)

@@ -169,6 +169,21 @@ def test_largest_accepted_features_do_not_overflow():
         assert moments.covariance(ddof=0)[0, 0] == pytest.approx(float(x[0, 0]) ** 2, rel=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("scale", [2.0**-36, 2.0**-66, 2.0**-80])
+@pytest.mark.parametrize("blocks", [1, 9])  # a block merged into nothing; and further ones
+def test_small_features_do_not_underflow(use, dtype, scale, blocks):
+    for backend in ("native", "torch"):
+        use("moments_update", backend, dtype)
+        x = normal(900, 6, mean=1.0, dtype=dtype)
+        moments = Moments(6)
+        for block in (x * scale).split(900 // blocks):
+            moments.update(block)
+        check(moments, x * scale, 1e-6)
+        moments = GroupedMoments(6).update(x * scale, torch.arange(900) % 2)
+        check(moments.total(), x * scale, 1e-6)
+
+
 def test_no_rows_change_nothing():
     moments = Moments(3).update(normal(5, 3))
     before = state(moments)

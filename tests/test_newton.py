@@ -113,6 +113,20 @@ def test_any_pair_gives_angles_in_range_and_no_false_proof(share):
         assert point is None or point.support >= frontier.at(angle, 40).support - 1e-13
 
 
+@pytest.mark.parametrize("live", [slice(None), slice(0, 1), slice(0, 40)])
+def test_where_the_matrix_is_zero_the_angles_are_numbers(live):
+    # All features white and alike, or of the thinned problems' features only the first alive: M(pi / 4) is zero.
+    seen = torch.ones(160).double()
+    seen[::2] = 0
+    seen[live] = 1
+    alike = torch.diag(seen / seen.sum())
+    objective = Objective(alike, alike.clone(), torch.zeros(160).double())
+    (steps,) = offers([objective], 40)
+    for angle, point in steps:
+        assert 0 <= angle <= math.pi / 2
+        assert point is None or point.basis.isfinite().all()
+
+
 def test_a_small_problem_is_left_to_float64():
     objective = Objective(power_law(24, 1, 0), power_law(24, 1, 1), torch.zeros(24).double())
     assert offers([objective], 9) == [[]]

@@ -95,3 +95,25 @@ def test_pooled_groups_are_all_rows():
     assert pooled("retain", whole) is whole
     with pytest.raises(InputError, match="forget: got list, expected Moments or GroupedMoments"):
         pooled("forget", [whole])
+
+
+def left_of(scale, exact=None):
+    """Moments of 400 rows, out of which 2000 rows so many times their size were removed; and the 400 rows."""
+    large, small = (scale * rows(2000, 20)).float(), rows(400, 20, seed=1).float()
+    order = torch.randperm(2400, generator=torch.Generator().manual_seed(0))
+    return Moments(20, exact=exact).update(torch.cat([large, small])[order]).remove(large), small
+
+
+@pytest.mark.parametrize("name", ["retain", "forget"])
+@pytest.mark.parametrize("scale", [300, 1e4])
+def test_moments_that_a_removal_left_in_the_rounding_are_refused(name, scale):
+    parts = {"retain": moments(rows(50, 20)), "forget": moments(rows(50, 20)), name: left_of(scale)[0]}
+    with pytest.raises(InputError, match=rf"{name}: what was removed varied so much more than the 400 rows left"):
+        build_objective(**parts)
+
+
+@pytest.mark.parametrize(("scale", "exact", "error"), [(1, None, 1e-6), (20, None, 1e-3), (300, True, 3e-2)])
+def test_moments_that_outlive_a_removal_are_those_of_the_rows_left(scale, exact, error):
+    left, small = left_of(scale, exact)
+    found, want = (build_objective(one, moments(rows(50, 20))).retain for one in (left, moments(small)))
+    assert float((found - want).norm()) < error * float(want.norm())

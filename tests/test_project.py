@@ -86,6 +86,20 @@ def test_a_far_center_costs_no_digits(served):
         torch.testing.assert_close(step, (rows.double() - center) @ basis @ basis.T, rtol=0, atol=3e-4)
 
 
+def test_rows_longer_than_the_largest_half(served):
+    run, dtype = served
+    # The first direction alone: what all 40 features have in common is 6.3 times as long as any of them.
+    _, basis, center = operands(60, 40, 7)
+    basis[:, 0] = 40**-0.5
+    basis = torch.linalg.qr(basis).Q
+    x = (30000 * (1 + 0.1 * normal(60, 40))).to(dtype)
+    x[::3] = normal(20, 40).to(dtype)
+    result = run(x, basis, center)
+    assert result.isfinite().all()
+    check(result, x, basis, center, run.coarser)
+    check(result[::3], x[::3], basis, center, run.coarser)
+
+
 def test_a_row_without_numbers_spoils_no_other(served):
     run, dtype = served
     x, basis, center = operands(60, 40, 7, dtype)

@@ -56,6 +56,15 @@ def test_a_proof_takes_few_evaluations_and_the_later_ones_start_warm(products):
     assert all(widenings > 0 for _, widenings in products[2:])
 
 
+def test_a_basis_is_as_orthonormal_as_any(products):
+    # Spanned by the projections of random vectors, of which some are nearly alike: a condition of some hundreds.
+    objective = Objective(power_law(256, 1, 0), power_law(256, 1, 1), torch.zeros(256).double())
+    points = []
+    purified.descend([objective], Distance(), 100, lambda i, angle, point: bool(points.append(point)))
+    basis = points[-1].basis
+    assert float((basis.T @ basis - torch.eye(100).double()).abs().max()) < 1e-13
+
+
 def test_problems_of_a_batch_are_searched_together(products):
     retain, forget = [], []
     for seed in range(3):

@@ -22,6 +22,7 @@ from problems import (
 
 from loft_fast import GroupedMoments, InputError, Moments, solve
 from loft_fast.peers.riemannian_adam import descend
+from loft_fast.solver import Optimum
 
 TOLERANCE = 1e-6  # the default of `solve`
 
@@ -133,6 +134,36 @@ def test_flat_side_is_reached_by_rotation():
     projection = solve(*problem.moments, rank=6)
     assert shares(projection, *problem.matrices()) == pytest.approx((0.5, 0.5), abs=1e-7)
     assert projection.certificate.loss == pytest.approx(0.5, abs=1e-12)
+
+
+@pytest.mark.parametrize("alive", [slice(0, 8), slice(0, 160)])
+def test_optimum_of_sets_alike_and_white_is_the_share_of_the_rank(alive):
+    # Every projector of rank s keeps at most s / live of both; M(pi / 4) is zero.
+    signs = torch.ones(1, 1)
+    while len(signs) < 512:
+        signs = torch.cat([torch.cat([signs, signs], 1), torch.cat([signs, -signs], 1)])
+    x = torch.zeros(512, 160)
+    x[:, alive] = signs[:, 1 : 1 + alive.stop]
+    rank = alive.stop // 2
+    projection = solve(Moments(160).update(x), Moments(160).update(x.clone()), rank)
+    assert projection.certificate.loss == pytest.approx(0.5, rel=1e-6)
+    assert projection.certificate.relative_gap <= 1e-6
+    assert projection.basis.isfinite().all()
+
+
+def test_optimum_where_of_the_thinned_features_only_one_varies():
+    x, y = rows(500, 160), rows(300, 160) + 0.3
+    x[:, 8::8] = y[:, 8::8] = 0
+    certificate = solve(moments(x), moments(y), 40).certificate
+    alive = x.any(0)
+    expected = solve(moments(x[:, alive]), moments(y[:, alive]), 40).certificate
+    assert certificate.loss == pytest.approx(expected.loss, rel=2e-6)
+    assert 0 <= certificate.relative_gap <= 1e-6
+
+
+@pytest.mark.parametrize(("loss", "bound"), [(math.nan, 0.1), (0.1, math.nan), (math.nan, math.nan)])
+def test_what_is_no_number_is_not_proven(loss, bound):
+    assert not Optimum(None, loss, bound).relative_gap <= 1e-6
 
 
 def test_tighter_tolerance_is_met():

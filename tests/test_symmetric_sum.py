@@ -15,7 +15,7 @@ def symmetric(count, d, seed=0):
 
 @pytest.mark.parametrize("backend", ["native", "torch"])
 @pytest.mark.parametrize("count", [0, 1, 2, 7])
-@pytest.mark.parametrize("d", [1, 2, 7, 8, 9, 64, 100, 301])  # bands of the result hold 2048 numbers
+@pytest.mark.parametrize("d", [0, 1, 2, 7, 8, 9, 64, 100, 301])  # bands of the result hold 2048 numbers
 def test_it_is_the_sum_in_the_order_given(backend, count, d, monkeypatch):
     if backend not in backends.available():
         pytest.skip(f"{backend} is not available here")

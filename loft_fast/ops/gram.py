@@ -47,7 +47,7 @@ def _native(x: Tensor, y: Tensor | None) -> Tensor:
     out = _fake(x, y)
     native = backends.native_module()
     run = native.gram if x.dtype == torch.float32 else native.gram_double
-    other = (0, x.stride()) if y is None else (y.data_ptr(), y.stride())
+    other = (None, x.stride()) if y is None else (y.data_ptr(), y.stride())
     sizes = (*x.shape, out.shape[2])
     run(x.data_ptr(), x.stride(), *other, *sizes, out.data_ptr(), torch.get_num_threads())
     return out
