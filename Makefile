@@ -54,7 +54,8 @@ quality-smoke: .venv/dev ## a few methods on two tasks of one data set (about th
 		--json .cache/quality/smoke/results.json
 
 clean:           ## remove everything that was made
-	rm -rf .venv build dist *.egg-info loft_fast/*.so demo-out .cache .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv build dist *.egg-info loft_fast/*.so demo-out .cache gpu-out .benchmarks .hypothesis .mypy_cache .ruff_cache \
+		.pytest_cache
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -65,9 +65,15 @@ def triton_rows(targets: tuple[int, ...] = (80, 90)) -> Iterator[Row]:
                     meta = {**common, "GATHER": gather, "CENTER": center, "PRECISION": "tf32x3"}
                     label = f"gram {NAMES[dtype]}{' centred' if center else ''}{' grouped' if gather else ''}"
                     yield _triton(label, moments_update.gram, target, dtype, meta, sizes)
+            if not wide:
+                sizes = moments_update.widened(sizes)
+                meta |= {"ROWS": sizes.rows, "WIDE": True}
+                yield _triton(f"gram {NAMES[dtype]} inexact grouped", moments_update.gram, target, dtype, meta, sizes)
             sizes = choice.lines_for("project", dtype, COLUMNS, target)[0]
             meta = {"TILE": sizes.tile, "BLOCK": sizes.rows, "BACK": True, "PRECISION": "tf32x3"}
             others = dict.fromkeys(("basis_ptr", "scores_ptr", "out_ptr"), NAMES[dtype])
+            if dtype == torch.float16:
+                others["scores_ptr"] = NAMES[torch.float32]
             yield _triton(f"project {NAMES[dtype]}", project.project, target, dtype, meta, sizes, others)
             thin = choice.lines_for("moments_update_project", dtype, COLUMNS, target)[0]
             meta = {"TILE": thin.tile, "ROWS": thin.rows, "FLUSH": 4096, "PRECISION": "tf32x3"}

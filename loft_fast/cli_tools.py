@@ -30,7 +30,9 @@ def solving() -> argparse.ArgumentParser:
     parser.add_argument("--model", metavar="MODEL", help="module:name; its head finds the angle, --weights needs it")
     parser.add_argument("--rank", type=int, help="dimensions to keep (default: found)")
     parser.add_argument("--about", choices=("retain", "own"), default="retain", help="own: the paper's variant")
-    parser.add_argument("--erase", action="store_true", help="blind a new linear probe as well (with --model)")
+    parser.add_argument(
+        "--erase", action="store_true", help="features in which no linear probe finds the rows (with --model)"
+    )
     parser.add_argument("--min-retain-kept", type=float, metavar="SHARE", help="keep this share of retain variance")
     parser.add_argument("--weights", type=Path, help="also write the model's state, projection folded in (safetensors)")
     return parser

@@ -15,7 +15,7 @@ from loft_fast import batches
 from loft_fast.all_reduce import agree
 from loft_fast.collective import TIMEOUT, Peers
 from loft_fast.errors import DistributedError, InputError, SiteError
-from loft_fast.grouped_moments import GroupedMoments
+from loft_fast.grouped_moments import GroupedMoments, index_groups
 from loft_fast.moments import Moments
 from loft_fast.sharding import in_step, share_of
 from loft_fast.sites import Site, device_of, evaluating, find_site, spread, unwrap
@@ -55,7 +55,8 @@ def fetch_moments(
         exact: as for `Moments`; a warning in the log says so if features were clipped.
         shard: True (all processes) or a group of torch.distributed shares the data out: all call this with the same
             loader, each runs the model on its part, and all get the moments of the whole, as from `all_reduce`. Of a
-            DataLoader over a data set with indices a process loads its part only, whatever the order; other loaders
+            DataLoader over a data set with indices a process loads its part only, whatever the order; one that chooses
+            rows at random, by `num_samples` or `drop_last` with `shuffle`, is refused; other loaders
             have to yield the same batches everywhere, and every process takes some. `exact` has to be None or a number.
         timeout: seconds to wait for the slowest process at the end; models under FSDP wait at every batch.
         pool: average over the positions of a row first, and count it once. Of maps and tokens, that is what tells one
@@ -177,7 +178,7 @@ def _add(
         return
     if keys is None:
         raise InputError("group: the batch has neither one label nor one prediction per row, as those before had")
-    index, names = (keys, None) if isinstance(keys, Tensor) else _enumerate(keys)
+    names, index = (None, keys) if isinstance(keys, Tensor) else index_groups(keys, len(keys))
     if index.shape != shape:  # one key per sample: each of its positions gets it
         if index.shape[:1] != shape[:1] or index.numel() != shape[0]:
             got = f"keys of shape {tuple(index.shape)} for features of {tuple(shape)} positions"
@@ -193,9 +194,3 @@ def _device(device: torch.device | str) -> torch.device:
         return torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise InputError(f"device: got {device!r}, expected a torch.device or its name, such as 'cpu'") from error
-
-
-def _enumerate(keys: list[Any]) -> tuple[Tensor, list[Any]]:
-    names = list(dict.fromkeys(keys))
-    position = {key: i for i, key in enumerate(names)}
-    return torch.tensor([position[key] for key in keys], dtype=torch.int64), names

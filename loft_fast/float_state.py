@@ -27,7 +27,7 @@ _SMALLEST_FLOAT = 1e-9
 # and, after a long stream, of a mean: a removal that leaves a variance further below zero than they explain took away
 # rows that were never there.
 _VARIANCE_ERROR, _MEAN_ERROR = 1e-4, 1e-12
-_MANY = 16  # rows a feature that cost more to look through than a state to put aside
+_MANY = 16  # rows a feature above which a check of them costs more than merging into a fresh state and checking that
 
 
 class FloatState(State):

@@ -240,9 +240,17 @@ class GroupedMoments:
         return self._become(self.without(keys))
 
     def join(self, others: Iterable[GroupedMoments]) -> GroupedMoments:
-        """These groups and those of `others`, where no two have the same key and all are of one kind."""
+        """These groups and those of `others`.
+
+        Raises:
+            InputError: two have the same key, or are not of one kind.
+        """
         result = self.select(self.keys())
         for other in others:
+            self._check_partner(other)
+            shared = next((key for key in other if key in result), None)
+            if shared is not None:
+                raise InputError(f"others: got the group {shared!r} twice, expected keys that differ")
             result._parts.update(other._parts)
         return result
 
@@ -267,9 +275,9 @@ class GroupedMoments:
 
     # ---- files ----
 
-    def save(self, path: str | os.PathLike[str], **more: str) -> None:
-        """Write one safetensors file, whole or not at all, with `more` in its header."""
-        files.write_bytes(path, self.to_bytes(**more))
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file, whole or not at all."""
+        files.write_bytes(path, self.to_bytes())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str | None = None) -> GroupedMoments:
@@ -281,10 +289,10 @@ class GroupedMoments:
         return cls._read(path, device)
 
     def to_bytes(self, **more: str) -> bytes:
-        """What `save` writes, for a message or a database."""
+        """What `save` writes, for a message or a database; with `more` in its header, but what is there already."""
         keys = self.keys()
         tensors, header = describe([self._parts[key] for key in keys], self._empty)
-        return files.to_bytes("grouped_moments", tensors, {"keys": json.dumps(keys), **header, **more})
+        return files.to_bytes("grouped_moments", tensors, {**more, "keys": json.dumps(keys), **header})
 
     @classmethod
     def from_bytes(cls, data: bytes, device: torch.device | str | None = None) -> GroupedMoments:

@@ -63,11 +63,12 @@ def solve(
 ) -> Projection:
     """The best subspace to project features onto, with a certificate.
 
-    With a = share of retain variance kept and b = share of forget variance kept, at most one of these is chosen:
+    With a = share of retain variance kept and b = share of forget variance kept, tr(PA) and tr(PB) of the matrices A and B
+    of trace one (`objective`), and M(angle) = cos(angle) A - sin(angle) B, at most one of these is chosen:
 
     - nothing: with `rank`, the optimum of the paper's (1 - a)^2 + b^2 at that rank. Without, the positive part of
       M(angle) at the angle that `head` and grouped moments predict to be enough, or else at 0.3.
-    - `angle`: the optimum of cos(angle) (1 - a) + sin(angle) b, at `rank` or at the best rank.
+    - `angle`, in radians, 0 to pi/2: the optimum of cos(angle) (1 - a) + sin(angle) b, at `rank` or at the best rank.
     - `forget_weight`: the optimum of (1 - a)^2 + forget_weight b^2, at `rank` or at the best rank.
     - `min_retain_kept`: the least b with a >= min_retain_kept, at `rank` or at the best rank.
     - `max_loss`: the smallest rank whose optimum of (1 - a)^2 + b^2 is at most max_loss.

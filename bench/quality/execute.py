@@ -72,6 +72,12 @@ def prepare(recipe: Recipe, data: Data, task: Task, seed: int, cache: Path) -> C
     return Case(recipe, data, task, original, retrained)
 
 
+def applies(method: Method, case: Case) -> bool:
+    """Whether the method is meant for this task."""
+    rows, gone = case.task.rounds[0], case.task.gone[0]
+    return method.applies(case.problem(case.original.model, torch.zeros_like(rows), rows, gone, 0))
+
+
 def _labelled(rows: Rows, task: Task) -> Rows:
     return rows if task.labels is None else Rows(rows.x, task.labels)
 

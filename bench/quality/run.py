@@ -17,10 +17,9 @@ from tqdm import tqdm
 from bench.quality import store, tune
 from bench.quality.data import DATA, load
 from bench.quality.data.data import Data
-from bench.quality.execute import Case, Result, execute, prepare
+from bench.quality.execute import Case, Result, applies, execute, prepare
 from bench.quality.measures import Seen, accuracy, likeness, lira, probes, relearning
 from bench.quality.methods import METHODS, RETRAIN, RETRAIN_AGAIN
-from bench.quality.methods.method import Method
 from bench.quality.originals import hardness, shadows, trained
 from bench.quality.setups import RECIPES
 from bench.quality.tasks import TASKS, Task, make
@@ -98,12 +97,6 @@ def wanted(names: list[str], originals: list[int], seeds: list[int]) -> Iterator
             once = name in (RETRAIN, RETRAIN_AGAIN) or not METHODS[name].random
             for seed in seeds[:1] if once else seeds:
                 yield original, name, seed
-
-
-def applies(method: Method, case: Case) -> bool:
-    """Whether the method is meant for this task."""
-    rows, gone = case.task.rounds[0], case.task.gone[0]
-    return method.applies(case.problem(case.original.model, torch.zeros_like(rows), rows, gone, 0))
 
 
 def main() -> None:

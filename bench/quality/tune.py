@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from bench.quality import store
 from bench.quality.data import DATA, load
-from bench.quality.execute import Case, execute, prepare
+from bench.quality.execute import Case, applies, execute, prepare
 from bench.quality.measures import Seen, gap
 from bench.quality.methods import METHODS
 from bench.quality.methods.method import Method
@@ -98,10 +98,7 @@ def main() -> None:
                 case = prepare(recipe, data, task, SEED, options.cache / "models")
                 retrained = Seen.of(case.retrained.model, case.sets)
                 for method in tqdm(left, desc=f"{name} {network}: {task_name}", leave=False):
-                    first = case.problem(
-                        case.original.model, torch.zeros_like(task.train), task.rounds[0], task.gone[0], SEED
-                    )
-                    if METHODS[method].applies(first):
+                    if applies(METHODS[method], case):
                         found = search(METHODS[method], case, retrained)
                         key = place(name, network, task_name, method)
                         store.write_json(read(options.file) | {key: found}, options.file)

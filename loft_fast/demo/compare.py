@@ -79,7 +79,11 @@ class Outcome:
             return self.model.fc(self.change(self.model.features(x))).argmax(1)
 
 
-def paper(problem: Problem) -> tuple[nn.Module, Stages]:
+Answer = tuple[SmallCNN, nn.Module, Stages]
+"""A network, what is done to the features that its head reads, and what that took."""
+
+
+def paper(problem: Problem) -> Answer:
     """As published: its objective, linear, by Riemannian Adam."""
     clock = Clock()
     retain, forget = problem.moments()
@@ -87,10 +91,10 @@ def paper(problem: Problem) -> tuple[nn.Module, Stages]:
     objective = build_objective(retain, forget, about="own")
     descent = descend(objective.retain, objective.forget, problem.rank, seed=problem.seed)
     clock.lap("solve")
-    return Projection(descent.basis, objective.center, site=SITE), clock.seconds
+    return problem.model, Projection(descent.basis, objective.center, site=SITE), clock.seconds
 
 
-def leace(problem: Problem) -> tuple[nn.Module, Stages]:
+def leace(problem: Problem) -> Answer:
     """LEACE with one concept per forgotten digit; for a single digit that is "to be forgotten or not"."""
     clock = Clock()
     x, y = problem.digits.train_x, problem.digits.train_y
@@ -99,13 +103,14 @@ def leace(problem: Problem) -> tuple[nn.Module, Stages]:
     clock.lap("features")
     eraser = Leace(features, y.unsqueeze(1) == torch.tensor(problem.forget))
     clock.lap("solve")
-    return eraser, clock.seconds
+    return problem.model, eraser, clock.seconds
 
 
-def ours(problem: Problem, erase: bool = False) -> tuple[nn.Module, Stages]:
+def ours(problem: Problem, erase: bool = False) -> Answer:
     """This package's default, folded into a copy of the network."""
+    model = copy.deepcopy(problem.model)
     result = unlearn(
-        copy.deepcopy(problem.model),
+        model,
         problem.sets["retain_train"],
         problem.sets["forget_train"],
         SITE,
@@ -113,15 +118,15 @@ def ours(problem: Problem, erase: bool = False) -> tuple[nn.Module, Stages]:
         erase=erase,
         progress=problem.progress,
     )
-    return result.projection, result.seconds
+    return model, result.projection, result.seconds
 
 
-def ours_erase(problem: Problem) -> tuple[nn.Module, Stages]:
+def ours_erase(problem: Problem) -> Answer:
     """Like `ours`, but a linear probe on the features is not to find the forgotten rows either."""
     return ours(problem, erase=True)
 
 
-METHODS: dict[str, Callable[[Problem], tuple[nn.Module, Stages]]] = {
+METHODS: dict[str, Callable[[Problem], Answer]] = {
     "paper": paper,
     "leace": leace,
     "ours": ours,
@@ -139,4 +144,4 @@ def compare(problem: Problem, original: Trained, retrained: Trained) -> Iterator
     yield measured("original", original.model, nn.Identity(), {"training": original.seconds})
     yield measured("retrain", retrained.model, nn.Identity(), {"training": retrained.seconds})
     for name, method in METHODS.items():
-        yield measured(name, problem.model, *method(problem))
+        yield measured(name, *method(problem))
