@@ -59,7 +59,8 @@ def choose_angle(
     when its accuracy falls to what a linear discriminant refitted on the retain moments alone would reach.
     With `close`, the outputs of the former will be closed: they are forgotten at any angle, and the angle ends where it
     costs the retain groups more than a tenth of a point. With `erase`, no angle but an eraser, which blinds every
-    linear probe; inside the mildest subspace at which the head forgets, where it would not by the eraser alone.
+    linear probe, of rows within classes every one that knows the class; inside the mildest subspace at which the head
+    forgets, where it would not by the eraser alone.
 
     Raises:
         InputError: moments are not grouped, keys are not outputs of the head, or the head does not fit the features.
@@ -101,6 +102,7 @@ class _Forecast:
         self.forgets_anyway = len(closed) == len(gone)
         self.retain_total, self.forget_total = kept.total(), gone.total()
         self.retain_rows, self.forget_rows = Gaussians(kept, outputs), Gaussians(gone, outputs)
+        self.offsets = _offsets(kept, gone)
         self.target = 0.0
         if any(key in kept for key in gone):
             weight, bias = _discriminant(kept, self.head[0])
@@ -182,7 +184,7 @@ class _Forecast:
         if self.forgets_anyway:
             return choice
         basis = self.frontier.at(_LADDER[self.first()]).basis
-        if basis.shape[1] < 2:
+        if basis.shape[1] <= self.offsets.shape[1]:
             return choice
         inside = self.blinded(
             basis, "within the mildest angle predicted to forget, no linear probe finds them any more"
@@ -196,7 +198,7 @@ class _Forecast:
     def blinded(self, within: Tensor | None, why: str) -> Choice:
         """The eraser of these features, and what the open outputs read of what it leaves."""
         objective, weight = self.frontier.objective, self.final_head[0]
-        eraser = least_change(objective.retain, self.forget_total.mean - self.retain_total.mean, within)
+        eraser = least_change(objective.retain, self.offsets, within)
         ((retain, forget),) = self.accuracies(self.final_head, eraser.basis, [objective.center], eraser.lift)
         read = read_directions(weight @ eraser.lift)
         why = f"{why}; what no output reads is dropped"
@@ -227,6 +229,18 @@ class _Forecast:
         direction = torch.linalg.solve(spread, offset)
         z = float(direction @ offset) / math.sqrt(max(float(direction @ spread @ direction), 1e-300))
         return (1 + math.erf(z / math.sqrt(2))) / 2
+
+
+def _offsets(kept: GroupedMoments, gone: GroupedMoments) -> Tensor:
+    """(d, 1 or 2): of the classes that go, from all that stays; of rows within classes, from the rest of these."""
+    shared = [key for key in gone if key in kept]
+    columns = []
+    if len(shared) < len(gone):
+        columns.append(gone.without(shared).total().mean - kept.total().mean)
+    if shared:
+        inside = sum(gone[key].count * (gone[key].mean - kept[key].mean) for key in shared)
+        columns.append(torch.as_tensor(inside) / gone.select(shared).count)
+    return torch.stack(columns, dim=1)
 
 
 def _discriminant(groups: GroupedMoments, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 _SHRINK = 1e-3  # of the mean variance, added to every direction: there may be few rows a dimension
 _TINY = 1e-12  # the same for a bound, where rounding is all that matters
+_SAME = 1e-9  # of the longest offset: a direction that is shorter is none of its own
 
 
 @dataclass(frozen=True)
@@ -34,20 +35,21 @@ class Eraser:
     least: float
 
 
-def least_change(retain: Tensor, offset: Tensor, within: Tensor | None = None) -> Eraser:
+def least_change(retain: Tensor, offsets: Tensor, within: Tensor | None = None) -> Eraser:
     """The eraser for these moments.
 
     Args:
         retain: (d, d) float64, the retain covariance divided by its trace.
-        offset: (d,) between the means.
-        within: (d, s) orthonormal columns with s > 1: only these coordinates stay; default: all.
+        offsets: (d, k), between k pairs of means.
+        within: (d, s) orthonormal columns with s > k: only these coordinates stay; default: all.
     """
-    basis = _orthogonal(offset) if within is None else within @ _orthogonal(within.T @ offset)
+    lost, basis = _split(offsets)
+    if within is not None:
+        basis = within @ _split(within.T @ offsets)[1]
     lift = lifted(basis, retain)
     moved = torch.eye(len(retain), dtype=retain.dtype, device=retain.device) - lift @ basis.T
     change = float(((moved @ retain) * moved).sum().clamp(0, 1))
-    size = offset.norm()
-    least = 1 / float(offset @ _solve(retain, offset.unsqueeze(1), _TINY).squeeze(1) / size**2) if size else 0.0
+    least = float(torch.linalg.inv(lost.T @ _solve(retain, lost, _TINY)).trace())
     return Eraser(basis, lift, change, min(change, least))
 
 
@@ -69,6 +71,8 @@ def _solve(matrix: Tensor, right: Tensor, shrink: float) -> Tensor:
     return torch.linalg.lstsq(matrix, right).solution if failed else torch.cholesky_solve(right, root)
 
 
-def _orthogonal(vector: Tensor) -> Tensor:
-    """(s, s - 1): an orthonormal basis of what is orthogonal to a vector (s,); of anything, if that is zero."""
-    return torch.linalg.qr(vector.unsqueeze(1), mode="complete").Q[:, 1:]
+def _split(columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Orthonormal bases of the span of these columns (s, k), and of what is orthogonal to it."""
+    vectors, sizes, _ = torch.linalg.svd(columns)
+    rank = int((sizes > _SAME * sizes[0]).sum())
+    return vectors[:, :rank], vectors[:, rank:]

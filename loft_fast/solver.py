@@ -63,8 +63,8 @@ def solve(
 ) -> Projection:
     """The best subspace to project features onto, with a certificate.
 
-    With a = share of retain variance kept and b = share of forget variance kept, tr(PA) and tr(PB) of the matrices A and B
-    of trace one (`objective`), and M(angle) = cos(angle) A - sin(angle) B, at most one of these is chosen:
+    With a = share of retain variance kept and b = share of forget variance kept, which are tr(PA) and tr(PB) of two
+    matrices of trace one (`objective`), and M(angle) = cos(angle) A - sin(angle) B, at most one of these is chosen:
 
     - nothing: with `rank`, the optimum of the paper's (1 - a)^2 + b^2 at that rank. Without, the positive part of
       M(angle) at the angle that `head` and grouped moments predict to be enough, or else at 0.3.
@@ -84,7 +84,8 @@ def solve(
         erase: with `head`, ask for features in which no linear probe finds the forget rows, instead: the mean of both
             sets is made the same by the oblique projection that moves the retain rows least (`eraser`). Of what that
             leaves, only the part that the head's open outputs read is kept, as by `Projection.trim`. Where the head
-            does not forget by that, an angle is found first, as without `erase`.
+            does not forget by that, an angle is found first, as without `erase`. Of rows within classes, no linear
+            probe tells them from the rest of their class.
         close: with `head`, say that `close_outputs` will follow, for the classes of which nothing is retained. What is
             predicted is then of such a head, and as it forgets by itself, the angle may not cost the retain groups more
             than a tenth of a point.

@@ -369,3 +369,16 @@ def test_solving_leaves_the_head_and_the_global_random_state_alone():
     assert math.isfinite(solved_state.certificate.loss)
     assert all(torch.equal(old, new) for old, new in zip(before, problem.head.parameters(), strict=True))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_erasing_part_of_a_class_leaves_the_rest_of_it():
+    problem = Classes()
+    rows, labels = problem.draw(400)
+    part = (labels == 2) & (rows[:, 0] > rows[labels == 2][:, 0].quantile(0.7))
+    retain, forget = (GroupedMoments(DIM).update(rows[chosen], labels[chosen]) for chosen in (~part, part))
+    erased = solve(retain, forget, head=problem.head, erase=True)
+    assert torch.allclose(erased(retain[2].mean), erased(forget[2].mean), atol=1e-9)
+    fresh, truth = problem.draw(2000, seed=2)
+    for key in range(CLASSES):
+        before, after = (accuracy(problem.head, z, truth, [key]) for z in (fresh, erased(fresh)))
+        assert after > before - 2

@@ -41,7 +41,7 @@ def oblique(d=12, rank=5, seed=0):
 @given(d=st.integers(2, 30), seed=st.integers(0, 1000))
 def test_the_offset_is_lost_and_what_is_kept_is_kept(d, seed):
     offset = normal(d, seed=seed)
-    found = least_change(covariance(d, seed=seed), offset)
+    found = least_change(covariance(d, seed=seed), offset.unsqueeze(1))
     eye = torch.eye(d - 1, dtype=F64)
     assert found.basis.shape == found.lift.shape == (d, d - 1)
     assert torch.allclose(found.basis.T @ found.basis, eye, atol=1e-12)
@@ -53,7 +53,7 @@ def test_the_offset_is_lost_and_what_is_kept_is_kept(d, seed):
 
 def test_no_map_that_loses_the_offset_moves_rows_less():
     spread, offset = covariance(8), normal(8, seed=3)
-    found = least_change(spread, offset)
+    found = least_change(spread, offset.unsqueeze(1))
     assert found.change == pytest.approx(found.least, rel=0.05)
     direction = offset / offset.norm()
     for seed in range(200):  # I - direction w^T with w^T direction = 1: all that lose the offset and little else
@@ -66,7 +66,7 @@ def test_where_all_rows_count_it_is_leace():
     rows[gone] += normal(10, seed=5) / 3
     moments = Moments(10).update(rows)
     offset = rows[gone].mean(0) - rows[~gone].mean(0)
-    found = least_change(moments.covariance(0) / moments.covariance(0).trace(), offset)
+    found = least_change(moments.covariance(0) / moments.covariance(0).trace(), offset.unsqueeze(1))
     ours = Projection(found.basis, moments.mean, lift=found.lift)
     theirs = Leace(rows, gone.unsqueeze(1))
     assert (ours(rows) - theirs(rows)).norm() < 0.02 * (rows - theirs(rows)).norm()
@@ -77,7 +77,7 @@ def test_an_offset_that_no_retain_row_has_costs_nothing(inside):
     spread = torch.zeros(6, 6, dtype=F64)
     spread[:3, :3] = covariance(3)
     within = torch.eye(6, dtype=F64)[:, [0, 1, 2, 5]] if inside else None
-    found = least_change(spread, torch.tensor([0.0, 0, 0, 0, 0, 2], dtype=F64), within)
+    found = least_change(spread, torch.tensor([[0.0, 0, 0, 0, 0, 2]], dtype=F64).T, within)
     assert found.change < 1e-12
     assert found.least < 1e-9
     rows = normal(5, 6) * torch.tensor([1.0, 1, 1, 0, 0, 0], dtype=F64)
@@ -85,10 +85,19 @@ def test_an_offset_that_no_retain_row_has_costs_nothing(inside):
 
 
 def test_equal_means_and_no_variance():
-    found = least_change(covariance(5), torch.zeros(5, dtype=F64))
-    assert found.basis.shape == (5, 4)
-    assert found.least == 0
-    assert torch.isfinite(least_change(torch.zeros(5, 5, dtype=F64), normal(5)).lift).all()
+    found = least_change(covariance(5), torch.zeros(5, 1, dtype=F64))
+    assert found.basis.shape == (5, 5)
+    assert (found.change, found.least) == pytest.approx((0, 0), abs=1e-12)
+    assert torch.isfinite(least_change(torch.zeros(5, 5, dtype=F64), normal(5, 1)).lift).all()
+
+
+def test_several_offsets_at_once():
+    spread, offsets = covariance(9), normal(9, 2, seed=8)
+    found = least_change(spread, torch.cat([offsets, offsets.sum(1, keepdim=True)], dim=1))
+    assert found.basis.shape == (9, 7)
+    assert (found.basis.T @ offsets).abs().max() < 1e-12
+    assert max(least_change(spread, offsets[:, [i]]).least for i in (0, 1)) < found.least <= found.change
+    assert found.change == pytest.approx(found.least, rel=0.1)
 
 
 def test_a_lift_puts_back_what_a_regression_says():

@@ -5,5 +5,5 @@
 - how it is measured: `execute` (one run and its costs), `measures`
 - commands: `tune` writes tuned.json, `run` appends to runs.jsonl, `page` makes tables, pictures and results.json of it
 - what the page says: `store`, `summary`, `claims`, `tables`, `pictures`
-- beside it: `projections`, what any projection can do for rows; `forecasts`, how far a retrained network can be foretold
+- beside it: `projections`, what any projection can do for rows; `forecasts`, how well a retrained network is foretold
 """

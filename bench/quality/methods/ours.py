@@ -84,7 +84,14 @@ class Channels(nn.Module):
 
 
 METHOD = Method(run, "this package", needs="moments of the features", random=False, cumulative=True)
-ERASE = Method(erase, "this package, erase=True", needs="moments of the features", random=False, cumulative=True)
+ERASE = Method(
+    erase,
+    "this package, erase=True",
+    needs="moments of the features",
+    random=False,
+    cumulative=True,
+    applies=classes_only,
+)
 BLOCKS = Method(
     blocks,
     "this package, at every block",
