@@ -127,4 +127,4 @@ def _standing(last: Projection) -> Projection:
     known = last.certificate
     if known is not None:
         known = replace(known, why=_STANDS)
-    return Projection(last.basis, last.center, known, last.site, check=False)
+    return Projection(last.basis, last.center, known, last.site, lift=last.lift, check=False)

@@ -231,3 +231,15 @@ def test_what_is_no_start():
         loft.solve(moments.without([1]), moments.select([1]), 4, start=0.5)
     plain = loft.Projection(torch.eye(12)[:, :4], torch.zeros(12))
     assert loft.solve(moments.without([1]), moments.select([1]), 4, start=plain).rank == 4
+
+
+def test_an_oblique_projection_that_stands_is_the_same():
+    moments = groups()
+    head = torch.nn.Linear(moments.dim, 6)
+    continual = Continual(moments, keep_forgotten=False, head=head, erase=True, close=True)
+    first = continual.forget([0, 1, 2, 3])
+    assert first.rank == 1
+    later, z = continual.forget([4]), normal(5, moments.dim)
+    assert "stands" in later.certificate.why
+    assert torch.equal(later.lift, first.lift)
+    assert torch.equal(later(z), first(z))
