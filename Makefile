@@ -19,7 +19,7 @@ demo: .venv/demo ## a real network forgets a class of real digits; report in dem
 	$(BIN)/loft-fast demo --out demo-out
 
 test: lint       ## lint, type check, all tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-scale: .venv/dev ## examples and benchmarks on real engines: Flower and Ray (about three minutes)
 	$(BIN)/python -m pytest -m scale tests/test_scale.py

@@ -30,7 +30,7 @@ class Certificate:
         retain_kept: share of the retain variance kept, tr(PA).
         forget_kept: share of the forget variance kept, tr(PB).
         rank: dimension of the optimal subspace; that of a projection that was trimmed is smaller.
-        angle: the optimum is extreme for cos(angle) a - sin(angle) b; radians.
+        angle: the optimum is extreme for cos(angle) a - sin(angle) b; radians. 0 if it is of no such trade-off.
         eigen_solves: full symmetric eigendecompositions spent, or projectors by matrix products in their stead.
         seconds: wall time of `solve`.
         predicted: accuracies (percent) expected from moments and head, where the angle was chosen with them.
@@ -55,7 +55,7 @@ class Certificate:
             f"loss          {self.loss:.8g}   (no projector below {self.lower_bound:.8g}; gap {self.relative_gap:.1e})",
             f"retain kept   {100 * self.retain_kept:.3f} % of its variance",
             f"forget kept   {100 * self.forget_kept:.3f} % of its variance",
-            f"rank          {self.rank}   at angle {self.angle:.4f}: {self.why}",
+            f"rank          {self.rank}   {f'at angle {self.angle:.4f}: ' if self.angle else ''}{self.why}",
             f"cost          {self.eigen_solves} eigen-solves, {self.seconds:.3f} s",
         ]
         if self.predicted:

@@ -10,6 +10,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import loft_fast as loft
 from loft_fast import FoldError, GroupedMoments, InputError, Moments, SiteError
+from loft_fast.sites import find_site
+from loft_fast.watch import Watch
 
 RETAIN, FORGET = rows_of([0, 1]), rows_of([2])
 
@@ -420,3 +422,28 @@ def test_a_loader_of_a_length_keeps_it():
 
     unlearn(build(Classes), Counted(RETAIN))
     assert Counted.asked
+
+
+def test_a_model_may_return_what_holds_itself():
+    class Nested(Classes):
+        def forward(self, x):
+            found = Output(super().forward(x))
+            found.model, found.itself = self, found
+            return found
+
+    model = build(Nested)
+    unlearn(model, fold=True)
+    assert not (model(FORGET[0][0]).logits.argmax(1) == 2).any()
+
+
+def test_few_rows_tell_whether_a_layer_is_the_head():
+    watch = Watch(model := build(Classes), find_site(model, "fc"))
+    for batch in watch.over(20 * RETAIN):
+        model(batch[0])
+    assert 256 <= watch.rows < 256 + len(RETAIN[0][0])
+    assert watch.is_head
+    assert not model.fc._forward_hooks
+    elsewhere = Watch(model, find_site(model, "body:output"))
+    for batch in elsewhere.over(RETAIN):
+        model(batch[0])
+    assert elsewhere.rows == 0  # nothing is sorted there
