@@ -62,14 +62,24 @@ inline Pair upper_halves(float first, float second) {
 }
 
 #if LOFT_X86
-// What center_panel does, for an even number of bfloat16 rows, in pairs. Every difference is a bfloat16 number.
-__attribute__((target("avx512f,avx512bw"))) LOFT_NOINLINE inline void center_pairs(const BFloat16* const* rows,
-                                                                                   int64_t column, int64_t count,
-                                                                                   const float* center, double* sum,
-                                                                                   Pair* out) {
-    constexpr int kWidth = Shape<Pair, 64>::width;
+__attribute__((target("avx512f"))) LOFT_INLINE __m512i upper_halves(__m512 first, __m512 second) {
     const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
-    for (int left = 0; left < kWidth; left += 16) {
+    return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(first), 16),
+                           _mm512_and_si512(_mm512_castps_si512(second), upper));
+}
+
+__attribute__((target("avx512f"))) LOFT_INLINE void add_up(__m512 values, __m512d (&totals)[2]) {
+    const __m512d rest = _mm512_shuffle_f64x2(_mm512_castps_pd(values), _mm512_castps_pd(values), 0xee);
+    const __m256 halves[] = {_mm512_castps512_ps256(values), _mm512_castps512_ps256(_mm512_castpd_ps(rest))};
+    for (int i = 0; i < 2; ++i) totals[i] = _mm512_add_pd(totals[i], _mm512_cvtps_pd(halves[i]));
+}
+
+// What center_panel does, for an even number of bfloat16 rows, in pairs. Every difference is a bfloat16 number.
+template <int Width>
+__attribute__((target("avx512f,avx512bw"))) LOFT_NOINLINE void center_pairs(const BFloat16* const* rows, int64_t column,
+                                                                            int64_t count, const float* center,
+                                                                            double* sum, Pair* out) {
+    for (int left = 0; left < Width; left += 16) {
         const __m512 near = _mm512_loadu_ps(center + left);
         __m512d totals[] = {_mm512_loadu_pd(sum + left), _mm512_loadu_pd(sum + left + 8)};
         for (int64_t r = 0; r < count; r += 2) {
@@ -79,14 +89,8 @@ __attribute__((target("avx512f,avx512bw"))) LOFT_NOINLINE inline void center_pai
             const __m512i b = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(second)), 16);
             const __m512 low = _mm512_sub_ps(_mm512_castsi512_ps(a), near);
             const __m512 high = _mm512_sub_ps(_mm512_castsi512_ps(b), near);
-            for (const __m512 values : {low, high}) {
-                const __m512d rest = _mm512_shuffle_f64x2(_mm512_castps_pd(values), _mm512_castps_pd(values), 0xee);
-                const __m256 halves[] = {_mm512_castps512_ps256(values), _mm512_castps512_ps256(_mm512_castpd_ps(rest))};
-                for (int i = 0; i < 2; ++i) totals[i] = _mm512_add_pd(totals[i], _mm512_cvtps_pd(halves[i]));
-            }
-            _mm512_storeu_si512(out + r / 2 * kWidth + left,
-                                _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(low), 16),
-                                                _mm512_and_si512(_mm512_castps_si512(high), upper)));
+            for (const __m512 values : {low, high}) add_up(values, totals);
+            _mm512_storeu_si512(out + r / 2 * Width + left, upper_halves(low, high));
         }
         for (int i = 0; i < 2; ++i) _mm512_storeu_pd(sum + left + 8 * i, totals[i]);
     }

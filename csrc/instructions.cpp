@@ -5,10 +5,29 @@
 
 #include "product.h"
 
+#if LOFT_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace loft_fast {
 namespace {
 
-const char* const kNames[] = {"portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16"};
+const char* const kNames[] = {"portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"};
+
+// Whether tiles of bfloat16 numbers and of bytes can be multiplied. The system keeps their registers for a process that
+// has asked for it.
+bool has_amx() {
+#if LOFT_AMX
+    constexpr unsigned kBFloat16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25, kAll = kBFloat16 | kTile | kInt8;
+    constexpr long kAsk = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAll) == kAll && syscall(SYS_arch_prctl, kAsk, kTileData) == 0;
+#else
+    return false;
+#endif
+}
 
 Instructions widest() {
 #if LOFT_X86
@@ -19,7 +38,7 @@ Instructions widest() {
         return Instructions::avx2;
     if (!__builtin_cpu_supports("avx512vnni")) return Instructions::avx512;
 #if LOFT_BF16
-    if (__builtin_cpu_supports("avx512bf16")) return Instructions::avx512_bf16;
+    if (__builtin_cpu_supports("avx512bf16")) return has_amx() ? Instructions::amx : Instructions::avx512_bf16;
 #endif
     return Instructions::avx512_vnni;
 #else

@@ -7,7 +7,7 @@
 namespace loft_fast {
 
 // Each can do what those before it can.
-enum class Instructions { portable, avx2, avx512, avx512_vnni, avx512_bf16 };
+enum class Instructions { portable, avx2, avx512, avx512_vnni, avx512_bf16, amx };
 
 Instructions instructions();
 

@@ -5,6 +5,7 @@
 
 #include "center.h"
 #include "pipeline.h"
+#include "strips.h"
 
 namespace loft_fast {
 
@@ -122,8 +123,7 @@ class MergeNumbers : public Merge<In, T, Shape<T, Bytes>::width> {
     using Base::d_, Base::panels_, Base::slots_, Base::source_;
 
   public:
-    using Kernel = Numbers<T, Bytes>;
-    static constexpr int fold = 1, parts = 1;
+    using Form = Strips<Numbers<T, Bytes>>;
     static constexpr int64_t block = 512;
 
     MergeNumbers(const Source<In>& source, const Running& state, int64_t rows) : Base(source, state, rows) {
@@ -170,22 +170,19 @@ class MergeNumbers : public Merge<In, T, Shape<T, Bytes>::width> {
             }
     }
 
-    static LOFT_INLINE void part(const T* from, int, T* to) { std::copy_n(from, Shape<T, Bytes>::height, to); }
-
   private:
     std::array<std::vector<T>, 2> centers_;
 };
 
-// Merges bfloat16 numbers less centers from which they differ by bfloat16 numbers.
-template <int64_t Chain>
-class MergeBFloat16 : public Merge<BFloat16, float, Shape<Pair, 64>::width> {
-    static constexpr int kWidth = Shape<Pair, 64>::width;
+// Merges bfloat16 numbers less centers from which they differ by bfloat16 numbers. Panel: a Form whose words are Pairs.
+template <typename Panel>
+class MergeBFloat16 : public Merge<BFloat16, float, Panel::width> {
+    static constexpr int kWidth = Panel::width;
     using Base = Merge<BFloat16, float, kWidth>;
     using Base::panels_, Base::slots_, Base::state_;
 
   public:
-    using Kernel = BFloat16Pairs<Chain>;
-    static constexpr int fold = 2, parts = 1;
+    using Form = Panel;
     static constexpr int64_t block = 1024;
 
     MergeBFloat16(const Source<BFloat16>& source, const Running& state, int64_t rows) : Base(source, state, rows) {}
@@ -203,7 +200,7 @@ class MergeBFloat16 : public Merge<BFloat16, float, Shape<Pair, 64>::width> {
         int64_t r = 0;
 #if LOFT_X86
         if (stride == 1 && columns == kWidth)
-            center_pairs(rows.data(), p * kWidth, r = count / 2 * 2, center, sum, out);
+            center_pairs<kWidth>(rows.data(), p * kWidth, r = count / 2 * 2, center, sum, out);
 #endif
         for (; r < count; r += 2)
             for (int64_t j = 0; j < columns; ++j) {
@@ -214,8 +211,6 @@ class MergeBFloat16 : public Merge<BFloat16, float, Shape<Pair, 64>::width> {
                 sum[j] += static_cast<double>(a) + b;
             }
     }
-
-    static LOFT_INLINE void part(const Pair* from, int, Pair* to) { std::copy_n(from, Shape<Pair, 64>::height, to); }
 };
 
 }  // namespace loft_fast

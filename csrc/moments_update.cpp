@@ -1,6 +1,7 @@
 #include "moments_update.h"
 
 #include "bfloat16_centers.h"
+#include "matrix_tiles.h"
 #include "merge.h"
 
 namespace loft_fast {
@@ -16,13 +17,24 @@ void merge_numbers(const Rows& x, const Sorted& sorted, int64_t* count, const Ru
 }
 
 void merge_bfloat16(const Rows& x, const Sorted& sorted, int64_t* count, Running state, int threads) {
-    if (instructions() >= Instructions::avx512_bf16) {
-        constexpr int kWidth = Shape<Pair, BFloat16Pairs<kLongChain>::bytes>::width;
-        const auto centers = bfloat16_centers(x, sorted, panels_of(x.d, kWidth) * kWidth, threads);
+    const auto centers_for = [&](int64_t width) {
+        return bfloat16_centers(x, sorted, panels_of(x.d, width) * width, threads);
+    };
+    if (instructions() >= Instructions::amx) {
+        const auto centers = centers_for(BFloat16Tiles::width);
         state.center = centers.values.data();  // empty where no chain serves
+        // A block is one chain, but its 1024 rows come 32 at a time: 181 rows in a chain of pairs would round as much.
+        if (centers.chain == kLongChain)
+            return run_pipeline<MergeBFloat16<BFloat16Tiles>>(x, sorted, count, state, threads);
+    }
+    if (instructions() >= Instructions::avx512_bf16) {
+        using Long = Strips<BFloat16Pairs<kLongChain>, 2>;
+        using Short = Strips<BFloat16Pairs<kShortChain>, 2>;
+        const auto centers = centers_for(Long::width);
+        state.center = centers.values.data();
         switch (centers.chain) {
-            case kLongChain: return run_pipeline<MergeBFloat16<kLongChain>>(x, sorted, count, state, threads);
-            case kShortChain: return run_pipeline<MergeBFloat16<kShortChain>>(x, sorted, count, state, threads);
+            case kLongChain: return run_pipeline<MergeBFloat16<Long>>(x, sorted, count, state, threads);
+            case kShortChain: return run_pipeline<MergeBFloat16<Short>>(x, sorted, count, state, threads);
         }
     }
     merge_numbers<BFloat16, float>(x, sorted, count, state, threads);

@@ -42,7 +42,7 @@ struct Source {
     }
 };
 
-// A panel holds `width` columns of a block, row by row: (rows, width).
+// A panel holds `width` columns of a block.
 constexpr int64_t panels_of(int64_t d, int width) { return (d + width - 1) / width; }
 constexpr int64_t chunks_of(int64_t rows) { return (rows + kChunk - 1) / kChunk; }
 
@@ -59,11 +59,8 @@ struct Queue {
 //
 // Job: what is done with the rows. Of two blocks at a time, told apart by a slot, 0 or 1:
 //     Input                     type of a row's number
-//     Kernel                    how packed numbers are multiplied: Numbers, IntegerPairs
+//     Form                      how panels are laid out and multiplied: Strips, a kind of MatrixTiles
 //     block                     rows added to a state at a time
-//     fold                      rows that share a packed number
-//     parts, part(from, k, to)  a packed number is made of so many, which are multiplied one after another; those of
-//                               one row of a sliver
 //     State                     what it writes to
 //     Job(source, state, rows)  for blocks of so many rows at most
 //     preparations()            how many steps it takes to prepare a block
@@ -73,23 +70,30 @@ struct Queue {
 //     finish(block, slot)       all rows are packed
 //     close(block)              it is the last one of its group, and nobody will ask for the state's vectors any more
 //     fetch(block, p, q)        the product of panels p and q will be needed soon
-//     settle(block, slot, p, q, acc)   here is the product, of all parts
+//     settle(block, slot, p, q, acc)   here are the sums of products
+//
+// Form:
+//     Packed, Sum, bytes        what panels and sums are made of; of the vectors that it is compiled for
+//     width, sums               columns of a panel; sums, of width x width each, that a product has
+//     size(rows)                numbers of a panel
+//     offset(row)               where a row begins in it, one of every kRows
+//     blank(rows, column, out)  zeros from this column on
+//     end(rows, panel)          what follows the last row
+//     left_size(rows), cut(panel, rows, left)   a panel as a left operand
+//     multiply(left, right, rows, extent, acc)  its product with a panel, while a Session lives
 template <typename Job>
 class Pipeline {
     using In = typename Job::Input;
-    using Kernel = typename Job::Kernel;
-    using T = typename Kernel::Packed;
-    static constexpr int kWidth = Shape<T, Kernel::bytes>::width, kHeight = Shape<T, Kernel::bytes>::height;
-    static constexpr int kFold = Job::fold, kParts = Job::parts;
-    static_assert(kChunk % kRows == 0 && kRows % kFold == 0);
-
-    static constexpr int64_t packed(int64_t rows) { return (rows + kFold - 1) / kFold; }
+    using Form = typename Job::Form;
+    using T = typename Form::Packed;
+    static constexpr int kWidth = Form::width;
+    static_assert(kChunk % kRows == 0);
 
   public:
     // What one member needs for itself.
     struct Scratch {
-        explicit Scratch(int64_t rows) : slivers(kParts * kWidth * packed(rows)) {}
-        Aligned<T> slivers;
+        explicit Scratch(int64_t rows) : left(Form::left_size(rows)) {}
+        Aligned<T> left;
     };
 
     // members: of the team; one for `join`.
@@ -97,7 +101,7 @@ class Pipeline {
         : source_(source),
           d_(source.x.d),
           panels_(panels_of(d_, kWidth)),
-          stride_(kWidth * packed(rows) + kApart / static_cast<int64_t>(sizeof(T))),
+          stride_(Form::size(rows) + kApart / static_cast<int64_t>(sizeof(T))),
           chunks_(chunks_of(rows)),
           job_(source, state, rows) {
         for (int slot = 0; slot < (members > 1 ? 2 : 1); ++slot) packed_rows_.emplace_back(panels_ * stride_);
@@ -179,17 +183,18 @@ class Pipeline {
                 }
             }
             for (int64_t p = 0; p < whole; ++p) {
-                T* out = panel(index, p) + top / kFold * kWidth;
+                T* out = panel(index, p) + Form::offset(top);
                 stride == 1 ? job_.place(rows, count, 1, kWidth, p, slot, chunk, out)
                             : job_.place(rows, count, stride, kWidth, p, slot, chunk, out);
             }
             if (whole < panels_) {
-                T* out = panel(index, whole) + top / kFold * kWidth;
+                T* out = panel(index, whole) + Form::offset(top);
                 job_.place(rows, count, stride, d_ - whole * kWidth, whole, slot, chunk, out);
-                for (int64_t r = 0; r < packed(count); ++r)
-                    std::fill(out + r * kWidth + d_ % kWidth, out + (r + 1) * kWidth, T(0));
+                Form::blank(count, d_ % kWidth, out);
             }
         }
+        if (start < end && end == block.n)
+            for (int64_t p = 0; p < panels_; ++p) Form::end(block.n, panel(index, p));
         if (packed_.fetch_add(1) + 1 < chunks_) return;
         packed_ = 0;
         job_.finish(block, slot);
@@ -202,19 +207,12 @@ class Pipeline {
 
     LOFT_INLINE void multiply_add(int64_t index, const Tiles& tiles, Scratch& own) {
         const Block& block = blocks_[index];
-        const int64_t rows = packed(block.n);
-        T* to = own.slivers.get();
-        for (int k = 0; k < kParts; ++k)
-            for (int s = 0; s < kWidth; s += kHeight) {
-                const T* from = panel(index, tiles.panel) + s;
-                for (int64_t r = 0; r < rows; ++r, from += kWidth, to += kHeight) Job::part(from, k, to);
-            }
-        alignas(64) typename Kernel::Sum acc[kParts * kWidth * kWidth] = {};
+        Form::cut(panel(index, tiles.panel), block.n, own.left.get());
+        alignas(64) typename Form::Sum acc[Form::sums * kWidth * kWidth] = {};
+        [[maybe_unused]] const typename Form::Session session{};
         for (int64_t p = tiles.left; p < tiles.right; ++p) {
             job_.fetch(block, tiles.panel, p);
-            for (int k = 0; k < kParts; ++k)
-                multiply<Kernel>(own.slivers.get() + k * kWidth * rows, panel(index, p), rows, extent(tiles.panel, p),
-                                 acc + k * kWidth * kWidth);
+            Form::multiply(own.left.get(), panel(index, p), block.n, extent(tiles.panel, p), acc);
             job_.settle(block, index % 2, tiles.panel, p, acc);
         }
     }
@@ -296,15 +294,15 @@ void run_pipeline(const Rows& x, const Sorted& sorted, int64_t* count, const typ
     std::atomic<int64_t> next{0};
     in_parallel(workers, [&] {
         const int i = arrived.fetch_add(1);
-        if (!join) return work<Job::Kernel::bytes>(teams[0], scratch[i]);
+        if (!join) return work<Job::Form::bytes>(teams[0], scratch[i]);
         if (!alone) {
             teams[i].open(blocks.data(), all, &queue);
-            return work<Job::Kernel::bytes>(teams[i], scratch[i]);
+            return work<Job::Form::bytes>(teams[i], scratch[i]);
         }
         for (int64_t g; (g = next.fetch_add(1)) < groups;) {
             Queue own;
             teams[i].open(blocks.data() + first[g], first[g + 1] - first[g], &own);
-            work<Job::Kernel::bytes>(teams[i], scratch[i]);
+            work<Job::Form::bytes>(teams[i], scratch[i]);
         }
     });
     for (int64_t g = 0; g < groups; ++g) count[g] += begin[g + 1] - begin[g];

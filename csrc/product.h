@@ -23,6 +23,9 @@
 #define LOFT_X86 1
 #if defined(__clang__) || __GNUC__ >= 11
 #define LOFT_BF16 1  // the compiler knows these instructions
+#if defined(__linux__)
+#define LOFT_AMX 1  // and these, for which the system has to be asked
+#endif
 #endif
 #endif
 

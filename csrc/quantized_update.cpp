@@ -2,8 +2,9 @@
 
 #include <cstring>
 
-#include "pair_product.h"
+#include "matrix_tiles.h"
 #include "pipeline.h"
+#include "strips.h"
 
 namespace loft_fast {
 namespace {
@@ -14,18 +15,75 @@ struct Exact {
     const std::vector<int64_t*>& product;
 };
 
-// Adds blocks of integers: exact, whatever is added first.
-template <typename In, int Bytes, bool Fused>
+// Pairs of integers, of which left operands are multiplied in two parts.
+template <int Bytes, bool Fused>
+struct Pairs {
+    struct Halves {
+        static constexpr int count = 2;
+        static LOFT_INLINE void part(const Pair* from, int k, Pair* to) {
+            constexpr int kCount = 2 * Shape<Pair, Bytes>::height;
+            int16_t numbers[kCount];
+            std::memcpy(numbers, from, sizeof numbers);
+            if (k == 0)
+                for (int i = 0; i < kCount; ++i) numbers[i] = low_of(numbers[i]);
+            else
+                for (int i = 0; i < kCount; ++i) numbers[i] = high_of(numbers[i]);
+            std::memcpy(to, numbers, sizeof numbers);
+        }
+    };
+
+    static constexpr int fold = 2;
+    static constexpr int64_t block = 512;
+    static_assert(block * kLargest * 128 <= INT32_MAX, "products with either part must fit");
+    using Form = Strips<IntegerPairs<Bytes, Fused>, fold, Halves>;
+
+    // Integers of a column, of `fold` rows, in a panel.
+    static LOFT_INLINE void put(const int64_t (&rows)[fold][Form::width], int64_t columns, Pair* out) {
+        for (int64_t j = 0; j < columns; ++j)
+            out[j] = pair_of(static_cast<int32_t>(rows[0][j]), static_cast<int32_t>(rows[1][j]));
+    }
+
+    static LOFT_INLINE int64_t sum(const int32_t* low) {
+        return 256 * static_cast<int64_t>(low[Form::width * Form::width]) + *low;
+    }
+};
+
+// Their bytes, for processors that multiply matrices of these.
+struct Bytes {
+    static constexpr int fold = 4;
+    static constexpr int64_t block = 1024;
+    static_assert(block * 255 * 255 <= INT32_MAX, "products of bytes must fit");
+    using Form = IntegerTiles;
+
+    static LOFT_INLINE void put(const int64_t (&rows)[fold][Form::width], int64_t columns, int32_t* out) {
+        for (int64_t j = 0; j < columns; ++j) {
+            uint32_t high = 0, low = 0;
+            for (int r = 0; r < fold; ++r) {
+                const auto bits = static_cast<uint32_t>(rows[r][j]);
+                high |= (bits >> 8 & 0xffu) << 8 * r;
+                low |= (bits & 0xffu) << 8 * r;
+            }
+            out[j] = static_cast<int32_t>(high);
+            out[Form::kPlane + j] = static_cast<int32_t>(low);
+        }
+    }
+
+    static LOFT_INLINE int64_t sum(const int32_t* high) {
+        constexpr int kNext = Form::width * Form::width;
+        return (static_cast<int64_t>(high[0]) << 16) + (static_cast<int64_t>(high[kNext]) << 8) + high[2 * kNext];
+    }
+};
+
+// Adds blocks of integers: exact, whatever is added first. Packing: Pairs or Bytes.
+template <typename In, typename Packing>
 class Quantize {
-    static constexpr int kWidth = Shape<Pair, Bytes>::width;
+    static constexpr int kWidth = Packing::Form::width;
 
   public:
     using Input = In;
-    using Kernel = IntegerPairs<Bytes, Fused>;
+    using Form = typename Packing::Form;
     using State = Exact;
-    static constexpr int fold = 2, parts = 2;
-    static constexpr int64_t block = 512;
-    static_assert(block * kLargest * 128 <= INT32_MAX, "products with the parts of `low_of` and `high_of` must fit");
+    static constexpr int64_t block = Packing::block;
 
     Quantize(const Source<In>& source, const State& state, int64_t rows)
         : state_(state),
@@ -44,25 +102,13 @@ class Quantize {
     }
 
     LOFT_INLINE void place(const std::array<const In*, kRows>& rows, int64_t count, int64_t stride, int64_t columns,
-                           int64_t p, int, int64_t chunk, Pair* out) {
-        for (int64_t r = 0; r < count; r += 2) {
-            int64_t first[kWidth], second[kWidth] = {};
-            quantize(rows[r], stride, columns, p, chunk, first);
-            if (r + 1 < count) quantize(rows[r + 1], stride, columns, p, chunk, second);
-            for (int64_t j = 0; j < columns; ++j)
-                out[r / 2 * kWidth + j] = pair_of(static_cast<int32_t>(first[j]), static_cast<int32_t>(second[j]));
+                           int64_t p, int, int64_t chunk, int32_t* out) {
+        for (int64_t r = 0; r < count; r += Packing::fold, out += kWidth) {
+            int64_t numbers[Packing::fold][kWidth] = {};
+            for (int64_t i = 0; i < std::min<int64_t>(Packing::fold, count - r); ++i)
+                quantize(rows[r + i], stride, columns, p, chunk, numbers[i]);
+            Packing::put(numbers, columns, out);
         }
-    }
-
-    static LOFT_INLINE void part(const Pair* from, int k, Pair* to) {
-        constexpr int kCount = 2 * Shape<Pair, Bytes>::height;
-        int16_t numbers[kCount];
-        std::memcpy(numbers, from, sizeof numbers);
-        if (k == 0)
-            for (int i = 0; i < kCount; ++i) numbers[i] = low_of(numbers[i]);
-        else
-            for (int i = 0; i < kCount; ++i) numbers[i] = high_of(numbers[i]);
-        std::memcpy(to, numbers, sizeof numbers);
     }
 
     LOFT_INLINE void finish(const Block& block, int) {
@@ -83,14 +129,10 @@ class Quantize {
 
     LOFT_INLINE void fetch(const Block& block, int64_t p, int64_t q) const { tile(block, p, q).fetch(d_); }
 
-    LOFT_INLINE void settle(const Block& block, int, int64_t p, int64_t q, const int32_t* low) {
-        const int32_t* high = low + kWidth * kWidth;
+    LOFT_INLINE void settle(const Block& block, int, int64_t p, int64_t q, const int32_t* acc) {
         const auto to = tile(block, p, q);
         for (int64_t i = 0; i < to.height; ++i)
-            for (int64_t j = 0; j < to.width; ++j) {
-                const int64_t at = i * kWidth + j;
-                to.corner[i * d_ + j] += 256 * static_cast<int64_t>(high[at]) + low[at];
-            }
+            for (int64_t j = 0; j < to.width; ++j) to.corner[i * d_ + j] += Packing::sum(acc + i * kWidth + j);
         if (block.last) to.reflect(d_);
     }
 
@@ -126,12 +168,14 @@ class Quantize {
 
 template <typename In>
 void dispatch(const Rows& x, const Sorted& sorted, int64_t* count, const Exact& state, int threads) {
-    if (instructions() >= Instructions::avx512_vnni)
-        return run_pipeline<Quantize<In, 64, true>>(x, sorted, count, state, threads);
+    const Instructions has = instructions();
+    if (has >= Instructions::amx) return run_pipeline<Quantize<In, Bytes>>(x, sorted, count, state, threads);
+    if (has >= Instructions::avx512_vnni)
+        return run_pipeline<Quantize<In, Pairs<64, true>>>(x, sorted, count, state, threads);
     switch (vector_bytes()) {
-        case 64: return run_pipeline<Quantize<In, 64, false>>(x, sorted, count, state, threads);
-        case 32: return run_pipeline<Quantize<In, 32, false>>(x, sorted, count, state, threads);
-        default: return run_pipeline<Quantize<In, 16, false>>(x, sorted, count, state, threads);
+        case 64: return run_pipeline<Quantize<In, Pairs<64, false>>>(x, sorted, count, state, threads);
+        case 32: return run_pipeline<Quantize<In, Pairs<32, false>>>(x, sorted, count, state, threads);
+        default: return run_pipeline<Quantize<In, Pairs<16, false>>>(x, sorted, count, state, threads);
     }
 }
 
