@@ -4,7 +4,8 @@ Of each piece of the rows, which are of one group, one program for each tile of 
 for each block of columns sums. What is multiplied is exact: 32-bit rows as differences from a row near their mean,
 16-bit rows as they are or, where a column lies far from zero, as a difference that 16 bits hold exactly (Sterbenz
 1974). Rows too far from the others for that, which the sums see, have their group multiplied once more, in 32 bits.
-Products are summed in float32 over `Blocks.flush` rows, beyond that in float64.
+Products are summed in float32 over `Blocks.flush` rows, beyond that in float64; those of rows far from zero on one side,
+which all have one sign, so that their sum does not drift.
 """
 
 from __future__ import annotations
@@ -287,7 +288,7 @@ def gram(
                 mask_j = here & (EVEN or (columns_j < d)[None, :])
                 z_i = block(x_ptr, at_row, columns_i, col_stride, shift_i, mask_i, CENTER, WIDE)
                 z_j = block(x_ptr, at_row, columns_j, col_stride, shift_j, mask_j, CENTER, WIDE)
-                short = multiply(tl.trans(z_i), z_j, short, PRECISION)
+                short = multiply(tl.trans(z_i), z_j, short, PRECISION, APART=not CENTER)
             # Nothing is there yet the first time: begin - start is zero, and no element below it.
             before = tl.load(out, mask=square < (begin - start) * TILE * TILE, other=0.0)
             tl.store(out, before + short.to(tl.float64))

@@ -19,12 +19,18 @@ def triangle_tile(t):
 
 
 @triton.jit
-def multiply(a, b, total, PRECISION: tl.constexpr):
-    """total + a b, in float32; 32-bit blocks by PRECISION, one of `choice.PRECISIONS`."""
+def multiply(a, b, total, PRECISION: tl.constexpr, APART: tl.constexpr = False):
+    """total + a b, in float32; 32-bit blocks by PRECISION, one of `choice.PRECISIONS`.
+
+    Matrix units cut off the digits for which a sum has no room (Fasi, Higham, Mikaitis and Pranesh, 2021), so that a long
+    sum of numbers of one sign drifts. APART, they sum a b alone, and `total` is rounded to nearest; "tf32x3" always does.
+    """
     if a.dtype == tl.float32 and PRECISION == "bf16":
         a, b = a.to(tl.bfloat16), b.to(tl.bfloat16)
     if _INTERPRETED:  # it multiplies the bits of bfloat16 as integers
         a, b = a.to(tl.float32), b.to(tl.float32)
     if a.dtype == tl.float32:
         return tl.dot(a, b, total, input_precision="ieee" if _INTERPRETED else PRECISION)
+    if APART:  # without the last argument, which means nothing else here, the compiler would put both sums into one
+        return total + tl.dot(a, b, max_num_imprecise_acc=a.shape[1])
     return tl.dot(a, b, total)

@@ -141,3 +141,24 @@ def test_no_kernel_spills_for_an_a100_or_an_h200():
     rows = json.loads(done.stdout)
     assert {row["target"] for row in rows} >= {"sm_80", "sm_90"}
     assert done.returncode == 0, [row for row in rows if row["stack"]]
+
+
+SUMS = """
+import json, re, triton
+from bench import kernel_report
+
+compile, made = triton.compile, []
+triton.compile = lambda *args, **options: made.append(compile(*args, **options)) or made[-1]
+print(json.dumps({row.kernel: len(re.findall(r"add(\\.rn)?\\.f32", made[-1].asm["ptx"]))
+                  for row in kernel_report.triton_rows((90,)) if row.kernel.startswith("gram")}))
+"""
+
+
+def test_long_sums_are_not_left_to_matrix_units():
+    # These cut digits off: of 16-bit rows that are not centred, a covariance would be wrong in its fifth digit.
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", SUMS], env=environment, cwd=ROOT, capture_output=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    additions = json.loads(done.stdout)
+    for kernel in ("gram bf16", "gram bf16 grouped", "gram fp16", "gram fp32 centred", "gram bf16 inexact grouped"):
+        assert additions[kernel] >= 128 * 128 // 256  # for each number that a thread has of a tile
