@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from loft_fast import backends
-from loft_fast.kernels.pieces import cut
+from loft_fast.kernels.pieces import addresses_of, cut
 
 _CHUNK = 16384  # rows split into bytes at a time
 _PIECE = 4096  # rows that are worth a block of their own
@@ -50,7 +50,7 @@ def quantized_update(
 ) -> None:
     """As `loft_fast.ops.quantized_update`."""
     d, groups = x.shape[1], len(product)
-    addresses = torch.tensor([matrix.data_ptr() for matrix in product], dtype=torch.int64, device=x.device)
+    addresses = addresses_of(product, x.device)
     names_of = group.split(_CHUNK) if group is not None else itertools.repeat(None)
     for rows, names in zip(x.split(_CHUNK), names_of, strict=False):
         length = min(_PIECE, -(-len(rows) // groups))

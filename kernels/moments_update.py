@@ -4,8 +4,8 @@ Of each piece of the rows, which are of one group, one program for each tile of 
 for each block of columns sums. What is multiplied is exact: 32-bit rows as differences from a row near their mean,
 16-bit rows as they are or, where a column lies far from zero, as a difference that 16 bits hold exactly (Sterbenz
 1974). Rows too far from the others for that, which the sums see, have their group multiplied once more, in 32 bits.
-Products are summed in float32 over `Blocks.flush` rows, beyond that in float64; those of rows far from zero on one side,
-which all have one sign, so that their sum does not drift.
+Products are summed in float32 over `Blocks.flush` rows, beyond that in float64; of rows as they are, whose products may
+all have one sign, so that the sum does not drift.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from loft_fast.kernels.choice import Blocks, blocks_for, precision_for, processors
-from loft_fast.kernels.pieces import Pieces, cut
-from loft_fast.kernels.tiles import MOST, multiply, triangle_tile
+from loft_fast.kernels.pieces import Pieces, addresses_of, cut
+from loft_fast.kernels.tiles import MOST, multiply, there, triangle_tile
 
 _SAMPLE = 256  # rows of a group that tell where its mean is, spread over all of them
 _COLUMNS = 64  # of means that one program works out
@@ -29,6 +29,7 @@ _WORKSPACE = 256 << 20  # bytes of partial results at a time
 _INEXACT = tl.constexpr(2)  # mark of a group far from zero of which 16 bits do not hold every difference
 
 
+@there
 def launch(
     x: Tensor,
     count: Tensor,
@@ -52,7 +53,7 @@ def launch(
     length = blocks.piece if group is not None else piece_rows(len(x), triangle, blocks, x.device)
     pieces = cut(len(x), length, group, groups, x.device)
     shift, far = shifts(x, pieces, groups)
-    addresses = torch.tensor([matrix.data_ptr() for matrix in scatter], dtype=torch.int64, device=x.device)
+    addresses = addresses_of(scatter, x.device)
     for low, high in ranges(pieces, triangle * blocks.tile**2 * 8):
         update(x, pieces, low, high, shift, far, addresses, count, mean, precision, blocks)
 

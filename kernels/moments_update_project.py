@@ -10,12 +10,13 @@ from torch import Tensor
 from loft_fast.kernels import project
 from loft_fast.kernels.choice import Blocks, blocks_for, precision_for
 from loft_fast.kernels.moments_update import block, piece_rows, ranges, shifts, update
-from loft_fast.kernels.pieces import cut
-from loft_fast.kernels.tiles import multiply
+from loft_fast.kernels.pieces import addresses_of, cut
+from loft_fast.kernels.tiles import multiply, there
 
 _CACHED = 16 << 20  # bytes of rows at a time, that stay in a second-level cache while they are used
 
 
+@there
 def launch(
     x: Tensor,
     count: Tensor,
@@ -34,14 +35,14 @@ def launch(
     thin = blocks or blocks_for("moments_update_project", x.dtype, d, x.device)
     tiles = triton.cdiv(d, sizes.tile)
     triangle = tiles * (tiles + 1) // 2 if scatter else 0
-    addresses = torch.tensor([one.data_ptr() for one in scatter], dtype=torch.int64, device=x.device)
+    addresses = addresses_of(scatter, x.device) if scatter else None
     for rows in x.split(max(1, _CACHED // (d * x.element_size()))):
         length = piece_rows(len(rows), triangle + tiles * triton.cdiv(rank, thin.tile), sizes, x.device)
         pieces = cut(len(rows), length, None, 1, x.device)
         scores = project.scores(rows, basis, center, precision, thin)
         shift, far = shifts(rows, pieces, 1)
         for low, high in ranges(pieces, triangle * sizes.tile**2 * 8 + d * rank * 8):
-            update(rows, pieces, low, high, shift, far, addresses if scatter else None, count, mean, precision, sizes)
+            update(rows, pieces, low, high, shift, far, addresses, count, mean, precision, sizes)
             parts = torch.empty(high - low, d, rank, dtype=torch.float64, device=x.device)
             cross[(triton.cdiv(d, thin.tile) * triton.cdiv(rank, thin.tile) * (high - low),)](
                 rows,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,3 +51,10 @@ def cut(n: int, length: int, group: Tensor | None, groups: int, device: torch.de
     start = begin[owner] + (numbers - first[owner]) * length
     end = torch.minimum(start + length, stop[owner])
     return Pieces(order, start, torch.maximum(start, end), owner, first, last, begin, stop)
+
+
+def addresses_of(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Where they lie, (len(tensors),) int64 on the device, which is not waited for: only pinned memory is copied so."""
+    pinned = device.type == "cuda"
+    at = torch.tensor([one.data_ptr() for one in tensors], dtype=torch.int64, pin_memory=pinned)
+    return at.to(device, non_blocking=True)

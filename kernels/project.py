@@ -8,9 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from loft_fast.kernels.choice import Blocks, blocks_for, precision_for
-from loft_fast.kernels.tiles import multiply
+from loft_fast.kernels.tiles import multiply, there
 
 
+@there
 def launch(
     x: Tensor, basis: Tensor, center: Tensor, precision: str | None = None, blocks: Blocks | None = None
 ) -> Tensor:

@@ -8,9 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from loft_fast.kernels.choice import Blocks, blocks_for, precision_for
-from loft_fast.kernels.tiles import MOST, multiply, triangle_tile
+from loft_fast.kernels.tiles import MOST, multiply, there, triangle_tile
 
 
+@there
 def launch(
     x: Tensor, y: Tensor, scale: Tensor, precision: str | None = None, blocks: Blocks | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,10 @@
-"""What several kernels share: the order of the tiles of a triangle, and one product of two blocks."""
+"""What several kernels share: where they run, the order of the tiles of a triangle, and one product of two blocks."""
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
+import torch
 import triton
 import triton.language as tl
 
@@ -7,6 +12,18 @@ from loft_fast.backends import interpreting
 
 MOST = 65535  # programs along the second axis of a grid; numbered along one axis alone, two kernels spill
 _INTERPRETED = tl.constexpr(interpreting())
+_Launch = TypeVar("_Launch", bound=Callable[..., Any])
+
+
+def there(launch: _Launch) -> _Launch:
+    """Launch on the device of the first argument: Triton takes the current one, whatever the tensors are on."""
+
+    @wraps(launch)
+    def launch_there(x: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        with torch.cuda.device_of(x):
+            return launch(x, *arguments, **options)
+
+    return launch_there  # type: ignore[return-value]
 
 
 @triton.jit
@@ -22,8 +39,9 @@ def triangle_tile(t):
 def multiply(a, b, total, PRECISION: tl.constexpr, APART: tl.constexpr = False):
     """total + a b, in float32; 32-bit blocks by PRECISION, one of `choice.PRECISIONS`.
 
-    Matrix units cut off the digits for which a sum has no room (Fasi, Higham, Mikaitis and Pranesh, 2021), so that a long
-    sum of numbers of one sign drifts. APART, they sum a b alone, and `total` is rounded to nearest; "tf32x3" always does.
+    Matrix units cut off the digits for which a sum has no room (Fasi, Higham, Mikaitis and Pranesh, 2021), so that a
+    long sum of numbers of one sign drifts. APART, they sum a b alone, and adding it to `total` rounds to nearest, as it
+    does in "tf32x3" anyway.
     """
     if a.dtype == tl.float32 and PRECISION == "bf16":
         a, b = a.to(tl.bfloat16), b.to(tl.bfloat16)

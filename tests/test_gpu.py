@@ -12,7 +12,7 @@ from loft_fast.ops.topk_projector import purify
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-from loft_fast.kernels import cuda
+from loft_fast.kernels import cuda, moments_update
 
 needs_library = pytest.mark.skipif(backends.cuda_library() is None, reason="the CUDA kernels were not built")
 
@@ -84,3 +84,23 @@ def test_many_rows_of_many_columns(dtype):
     wide -= wide.mean(0)
     truth = wide.T @ wide
     assert float((moments.scatter - truth).norm() / truth.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_moments_do_not_wait_for_the_device(groups):
+    x, group = normal(5000, 100).float().cuda(), torch.arange(5000).cuda() % groups
+    count = torch.zeros(groups, dtype=torch.int64, device="cuda")
+    mean, scatter = (torch.zeros(groups, *size, dtype=torch.float64, device="cuda") for size in ((100,), (100, 100)))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        moments_update.launch(x, count, mean, list(scatter), group if groups > 1 else None)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert int(count.sum()) == 5000
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_rows_on_another_device_than_the_current_one():
+    x = normal(3000, 100).float()
+    moments = loft.Moments(100, device="cuda:1").update(x)
+    torch.testing.assert_close(moments.covariance().cpu(), x.double().T.cov(), rtol=1e-5, atol=1e-5)

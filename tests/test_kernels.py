@@ -1,5 +1,6 @@
 """Triton kernels beyond what their ops show: many tiles and pieces, the table of sizes, what compilers make of them."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -10,6 +11,8 @@ import pytest
 import torch
 from conftest import normal
 from test_moments_update import empty_state, expected, old_state
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from loft_fast import InputError, backends
 
@@ -17,9 +20,9 @@ pytest.importorskip("triton")
 if "triton" not in backends.available():
     pytest.skip("Triton is not available here", allow_module_level=True)
 
-from loft_fast.kernels import choice, moments_update
+from loft_fast.kernels import choice, moments_update, moments_update_project, project, symmetric_matmul
 from loft_fast.kernels.choice import Blocks
-from loft_fast.kernels.pieces import cut
+from loft_fast.kernels.pieces import addresses_of, cut
 
 ROOT = Path(__file__).parent.parent
 DEVICE = "cpu" if backends.interpreting() else "cuda"
@@ -117,6 +120,76 @@ def test_pieces_are_all_rows_once():
             assert bool((group[rows] == g).all())
             seen[rows.cpu()] += 1
         assert bool((seen == 1).all())
+
+
+# ---- where they run ----
+
+
+class Launched:
+    """In place of a kernel: notes for which tensors its device has been chosen."""
+
+    def __init__(self, chosen, log):
+        self.chosen, self.log = chosen, log
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.log.append(self.chosen[-1])
+
+
+def test_every_kernel_is_launched_on_the_device_of_the_rows(monkeypatch):
+    chosen, log = [None], []
+
+    @contextlib.contextmanager
+    def device_of(x):
+        chosen.append(x)
+        yield
+        chosen.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    for module, names in (
+        (moments_update, ("sample", "gram", "merge", "means")),
+        (moments_update_project, ("cross",)),
+        (project, ("project",)),
+        (symmetric_matmul, ("symmetric_matmul",)),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, Launched(chosen, log))
+    x, basis, square = normal(50, 20, dtype=F32), normal(20, 3, dtype=F32), normal(2, 20, 20, dtype=F32)
+    for launch, *arguments in (
+        (moments_update.launch, x, *empty_state(1, 20), None),
+        (moments_update.launch, x, *empty_state(3, 20), torch.arange(50) % 3),
+        (moments_update_project.launch, x, *empty_state(1, 20), basis, x[0], torch.zeros(20, 3, dtype=F64)),
+        (project.launch, x, basis, x[0]),
+        (symmetric_matmul.launch, square, square, torch.ones(2, 3)),
+    ):
+        log.clear()
+        launch(*arguments)
+        assert log
+        assert all(one is arguments[0] for one in log)
+
+
+class Waits(TorchDispatchMode):
+    """Refuses copies to another device for which the processor waits."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and out.device != args[0].device:
+            assert kwargs.get("non_blocking")
+        return out
+
+
+def test_addresses_reach_a_device_that_is_not_waited_for(monkeypatch):
+    tensor, pinned = torch.tensor, []
+
+    def recorded(*args, pin_memory=False, **options):
+        pinned.append(pin_memory)
+        return tensor(*args, **options)
+
+    monkeypatch.setattr(torch, "tensor", recorded)
+    tensors = [torch.empty(3), torch.empty(3)]
+    with FakeTensorMode(), Waits():
+        at = addresses_of(tensors, torch.device("cuda", 1))
+    assert (at.dtype, at.device, pinned) == (torch.int64, torch.device("cuda", 1), [True])
+    assert addresses_of(tensors, torch.device("cpu")).tolist() == [one.data_ptr() for one in tensors]
 
 
 def test_the_table_has_sizes_for_every_kernel_dtype_and_device():
