@@ -72,7 +72,8 @@ def quantized_update(
 def _shared(device: torch.device) -> int:
     if device.type != "cuda":
         return _SHARED
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    # Not every torch says; every device has 48 KiB.
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 48 << 10)
 
 
 def _call(name: str, device: torch.device, *arguments: object) -> None:

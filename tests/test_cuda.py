@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,6 +82,12 @@ def test_eigh_of_special_matrices(emulated):
 def test_eigh_with_matrices_outside_of_shared_memory(emulated, monkeypatch):
     monkeypatch.setattr(kernels, "_SHARED", 64)
     check_eigh(symmetric(2, 9))
+
+
+def test_shared_memory_where_torch_does_not_say_how_much_there_is(monkeypatch):
+    # torch 2.6 does not.
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=9))
+    assert kernels._shared(torch.device("cuda", 0)) == 48 << 10
 
 
 def test_eigh_of_no_problems(emulated):
