@@ -7,8 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
+import triton
+
+from bench import gpu
+
+ROW = {"suite": "one", "case": "", "peer": "", "ratio": 1.0, "target": None}
 ROOT = Path(__file__).parent.parent
 
 
@@ -24,6 +30,32 @@ def test_rehearsal_runs_every_case(tmp_path):
     for row in found["rows"]:
         keys = {"suite", "case", "peer", "peer_version", "ratio", "target", "ours_ms", "peer_ms", "error"}
         assert keys <= set(row)
+
+
+def test_what_was_measured_is_kept_where_the_gpu_is_taken_away(monkeypatch, tmp_path):
+    def taken_away(machine):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu, "CASES", (gpu.ceilings, lambda machine: iter([ROW]), taken_away))
+    with pytest.raises(KeyboardInterrupt):
+        gpu.main(["--rehearse", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "rehearsal.json").read_text())
+    assert found["rows"] == [ROW]
+    assert "copy" in found["ceilings"]
+
+
+def test_a_machine_without_git(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpu.commit() == ""
+
+
+def test_a_peer_that_fails_is_left_out(capsys):
+    def out_of_shared_memory(x):
+        raise triton.OutOfResources(300 << 10, 227 << 10, "shared memory")
+
+    assert not gpu._agrees(out_of_shared_memory, torch.ones(3, 2))
+    assert "left out for torch.float32: OutOfResources" in capsys.readouterr().err
+    assert gpu._agrees(lambda x: x.T @ x, torch.ones(3, 2))
 
 
 def test_the_script_is_one_that_a_shell_can_read():

@@ -187,8 +187,8 @@ def test_addresses_reach_a_device_that_is_not_waited_for(monkeypatch):
     monkeypatch.setattr(torch, "tensor", recorded)
     tensors = [torch.empty(3), torch.empty(3)]
     with FakeTensorMode(), Waits():
-        at = addresses_of(tensors, torch.device("cuda", 1))
-    assert (at.dtype, at.device, pinned) == (torch.int64, torch.device("cuda", 1), [True])
+        at = addresses_of(tensors, torch.device("cuda", 0))
+    assert (at.dtype, at.device, pinned) == (torch.int64, torch.device("cuda", 0), [True])
     assert addresses_of(tensors, torch.device("cpu")).tolist() == [one.data_ptr() for one in tensors]
 
 
