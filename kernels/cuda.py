@@ -16,6 +16,7 @@ from loft_fast.kernels.pieces import addresses_of, cut
 _CHUNK = 16384  # rows split into bytes at a time
 _PIECE = 4096  # rows that are worth a block of their own
 _BLOCK = 64  # rows that the kernels take at a time
+_MOST = 65535  # pieces along the second or third axis of a grid
 _SHARED = 227 << 10  # bytes of shared memory that a block of a Hopper can have; an Ampere has 163 KiB
 _DTYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}  # as in csrc/rows.h
 
@@ -56,16 +57,18 @@ def quantized_update(
         length = min(_PIECE, -(-len(rows) // groups))
         length = -(-length // _BLOCK) * _BLOCK
         pieces = cut(len(rows), length, names, groups, x.device)
-        stride = len(pieces) * length
-        high, low = (torch.empty(d, stride, dtype=torch.uint8, device=x.device) for _ in range(2))
-        where = (pieces.start, pieces.end, pieces.group, len(pieces), length, ctypes.c_longlong(stride))
-        strides = (ctypes.c_longlong(one) for one in rows.stride())
-        dtype = _DTYPES[x.dtype]
-        _call(
-            "loft_fast_limbs", x.device, rows, dtype, *strides, d, ctypes.c_double(1 / scale), pieces.order, *where,
-            high, low, total, clipped,
-        )  # fmt: skip
-        _call("loft_fast_integer_gram", x.device, high, low, d, *where, addresses)
+        for first in range(0, len(pieces), _MOST):
+            start, end, owner = (one[first : first + _MOST] for one in (pieces.start, pieces.end, pieces.group))
+            stride = len(start) * length
+            high, low = (torch.empty(d, stride, dtype=torch.uint8, device=x.device) for _ in range(2))
+            where = (start, end, owner, len(start), length, ctypes.c_longlong(stride))
+            strides = (ctypes.c_longlong(one) for one in rows.stride())
+            dtype = _DTYPES[x.dtype]
+            _call(
+                "loft_fast_limbs", x.device, rows, dtype, *strides, d, ctypes.c_double(1 / scale), pieces.order, *where,
+                high, low, total, clipped,
+            )  # fmt: skip
+            _call("loft_fast_integer_gram", x.device, high, low, d, *where, addresses)
         count += pieces.sizes(0, len(pieces))
 
 

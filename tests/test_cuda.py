@@ -146,6 +146,19 @@ def test_integers_of_many_chunks(emulated, monkeypatch):
     check_quantized(100 * normal(200, 4), group=torch.arange(200) % 2, groups=2)
 
 
+def test_integers_of_more_groups_than_a_grid_has_room_for(emulated, monkeypatch):
+    call, pieces = kernels._call, []
+
+    def recorded(name, device, *arguments):
+        pieces.extend([one for one in arguments if isinstance(one, int)][-2:-1])  # and then their length
+        return call(name, device, *arguments)
+
+    monkeypatch.setattr(kernels, "_MOST", 3)
+    monkeypatch.setattr(kernels, "_call", recorded)
+    check_quantized(100 * normal(90, 4), group=torch.arange(90) % 5, groups=5)
+    assert pieces == [3, 3, 3, 3, 1, 1]
+
+
 @settings(max_examples=15)
 @given(st.integers(0, 2**31), st.integers(1, 80), st.integers(1, 6), st.integers(1, 3))
 def test_any_integers(emulated, seed, n, d, groups):
