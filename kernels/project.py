@@ -30,7 +30,7 @@ def launch(
     project[(triton.cdiv(n, blocks.tile),)](
         x,
         basis.to(x.dtype).contiguous(),
-        center.float(),
+        center.float().contiguous(),
         scores,
         out,
         n,
