@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import itertools
+from collections.abc import Sequence
 from types import TracebackType
 
 import torch
@@ -163,11 +163,11 @@ def foldable(model: nn.Module, place: Site) -> nn.Parameter:
         why = "a hook changes or sees what it returns, and would come after the projection instead of before; remove it"
     if why is None:
         assert weight is not None
-        mine = [part for part in (weight, bias) if part is not None]
+        mine = [(part, _extent(part)) for part in (weight, bias) if part is not None]
         owners = [
             name or type(module).__name__
             for name, module in unwrap(model).named_modules()
-            if module is not layer and any(map(_shared, itertools.product(mine, module._parameters.values())))
+            if module is not layer and any(_shared(mine, other) for other in module._parameters.values())
         ]
         if not owners:
             return weight
@@ -175,21 +175,19 @@ def foldable(model: nn.Module, place: Site) -> nn.Parameter:
     raise FoldError(f"site: cannot fold into {str(place)!r}: {why}; use attach instead")
 
 
-def _shared(pair: tuple[Tensor, Tensor | None]) -> bool:
-    """Whether two tensors overlap in memory: weights may be tied by parameter or by what is behind it."""
-    one, other = pair
-    if one is other:
-        return True
-    if other is None or isinstance(other, nn.parameter.UninitializedParameter) or one.device != other.device:
+def _shared(mine: Sequence[tuple[Tensor, tuple[int, int]]], other: Tensor | None) -> bool:
+    """Whether a tensor overlaps with one of mine, given with extents: tied by parameter or by the memory behind it."""
+    if other is None or isinstance(other, nn.parameter.UninitializedParameter) or other.device != mine[0][0].device:
         return False
-    (start, end), (first, last) = map(_extent, (one, other))
-    return start < last and first < end
+    first, last = _extent(other)
+    return any(part is other or (start < last and first < end) for part, (start, end) in mine)
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
     """The addresses between which its elements lie; none for what has no memory."""
-    span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-    start = tensor.data_ptr()
+    start, span = tensor.data_ptr(), tensor.numel()
+    if not tensor.is_contiguous():
+        span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
     return (start, start + span * tensor.element_size()) if start and tensor.numel() else (0, 0)
 
 
