@@ -41,15 +41,16 @@ class Gaussians:
         generator = torch.Generator().manual_seed(0)
         shape = draws, groups.dim if many else outputs
         noise = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(self.means.device)
-        # A power of two, which rounds nothing: features of any size, in units of it, have variances for float32.
-        variance = float(torch.stack([part.scatter.diagonal() / part.count for part in parts]).max())
-        self.unit = 2.0 ** round(math.log2(variance) / 2) if variance > 0 else 1.0
-        covariances = (part.second_moment(part.mean) / self.unit**2 for part in parts)
-        self.features = None
-        if many:
-            self.features = torch.stack([noise @ _root(covariance).T for covariance in covariances])
-        else:
-            self.noise, self.covariances = noise, torch.stack([covariance.float() for covariance in covariances])
+        units, made = [], []
+        for part in parts:
+            covariance = part.covariance(0)
+            units.append(_unit(covariance, part.mean))
+            covariance.div_(units[-1] ** 2)
+            made.append(noise @ _root(covariance).T if many else covariance.float())
+        self.units = self.means.new_tensor(units).unsqueeze(1)
+        self.features = torch.stack(made) if many else None
+        if not many:
+            self.noise, self.covariances = noise, torch.stack(made)
 
     def accuracies(self, weight: Tensor, biases: list[Tensor]) -> list[float]:
         """For each bias, percent of rows expected to be classified as their group by argmax(weight z + bias)."""
@@ -58,13 +59,13 @@ class Gaussians:
         for bias in biases:
             offsets = means + bias
             # In float64 up to here: means may be large.
-            offsets = ((offsets - offsets.amax(1, keepdim=True)) / self.unit).float()
+            offsets = ((offsets - offsets.amax(1, keepdim=True)) / self.units).float()
             right = (draws + offsets.unsqueeze(1)).argmax(2) == self.labels.unsqueeze(1)
             found.append(100 * float(right.double().mean(1) @ self.shares))
         return found
 
     def _logits(self, weight: Tensor) -> Tensor:
-        """How far draws are from the mean of their group, in units, (groups, draws, outputs)."""
+        """How far draws are from the mean of their group, in its unit, (groups, draws, outputs)."""
         if self.features is not None:
             return self.features @ weight.T
         weight = weight.T.expand(len(self.covariances), -1, -1)
@@ -83,10 +84,19 @@ def features_are_cheaper(groups: int, draws: int, dim: int, outputs: int) -> boo
     return once + _HEADS * a_head < _HEADS * of_logits
 
 
+def _unit(covariance: Tensor, mean: Tensor) -> float:
+    """A power of two, which rounds nothing: features of any size, in units of it, have variances for float32."""
+    size = float(covariance.diagonal().max()) or float(mean.square().max())
+    return 2.0 ** round(math.log2(size) / 2) if size > 0 else 1.0
+
+
 def _root(covariance: Tensor) -> Tensor:
-    """A lower triangular square root, in float32; of the variances alone where no precision finds a positive matrix."""
+    """A lower triangular square root, in float32, of a covariance that is not needed any more.
+
+    Of the variances alone where no precision finds a positive matrix.
+    """
     jitter = (_JITTER * covariance.trace() / len(covariance)).clamp_min(1e-30)
-    covariance = covariance + jitter * torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
+    covariance.diagonal().add_(jitter)
     for precision in (torch.float32, torch.float64):
         root, failed = torch.linalg.cholesky_ex(covariance.to(precision))
         if not failed:

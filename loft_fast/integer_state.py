@@ -75,7 +75,7 @@ class IntegerState(State):
         near = (self.vector.double() / self.count).round().long()
         cross = torch.outer(near, self.vector)
         # Intermediate results may wrap around; the sum, at most that of the squares, fits.
-        products = self.read_matrix() - cross - cross.T + self.count * torch.outer(near, near)
+        products = (self.read_matrix() - cross).sub_(cross.T).add_(torch.outer(self.count * near, near))
         return products, self.vector - self.count * near
 
     def check(self, rows: Tensor) -> None:

@@ -72,10 +72,11 @@ def test_groups_count_by_their_rows(drawn):
     assert Gaussians(groups, 2).accuracies(weight, [bias]) == [75]  # all rows are taken for group 0
 
 
-def test_a_group_of_one_row_is_where_it_is(drawn):
+@pytest.mark.parametrize("scale", [1.0, 2.0**-200, 2.0**200])
+def test_a_group_of_one_row_is_where_it_is(drawn, scale):
     _, _, weight, bias = problem()
-    one = GroupedMoments(12).update(weight[2:3], torch.tensor([2]))
-    assert Gaussians(one, 5).accuracies(weight, [bias]) == [100]
+    one = GroupedMoments(12).update(scale * weight[2:3].double(), torch.tensor([2]))
+    assert Gaussians(one, 5).accuracies(weight, [scale * bias]) == [100]
 
 
 @pytest.mark.parametrize("rank", [0, 3, 6])
