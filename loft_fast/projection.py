@@ -91,7 +91,7 @@ class Projection(nn.Module):
     basis: Tensor
     center: Tensor
     lift: Tensor | None
-    _kept: tuple[list[Tensor], tuple[Any, ...], list[Tensor]] | None = None
+    _kept: tuple[list[Tensor], list[Any], list[Tensor]] | None = None
 
     def __init__(
         self,
@@ -171,9 +171,10 @@ class Projection(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """z: (..., d), any float dtype; returns the same shape and dtype."""
-        if not z.is_floating_point() or z.shape[-1:] != (self.dim,):
-            raise InputError(f"z: got {z.dtype} of shape {tuple(z.shape)}, expected floats of shape (..., {self.dim})")
-        rows = z.reshape(-1, self.dim)
+        dim = self.dim
+        if not z.is_floating_point() or z.shape[-1:] != (dim,):
+            raise InputError(f"z: got {z.dtype} of shape {tuple(z.shape)}, expected floats of shape (..., {dim})")
+        rows = z.reshape(-1, dim)
         basis, center, *lift = self._operands(z)
         if lift:
             rows = rows.to(basis.dtype)
@@ -182,12 +183,18 @@ class Projection(nn.Module):
 
     def _operands(self, z: Tensor) -> list[Tensor]:
         """The buffers where and as z needs them; kept until they change: for few rows, that is half the work."""
-        parts = [self.basis, self.center] if self.lift is None else [self.basis, self.center, self.lift]
+        basis, center, lift = self.basis, self.center, self.lift
+        parts = [basis, center] if lift is None else [basis, center, lift]
         dtype = torch.float32 if z.element_size() == 2 and z.device.type == "cpu" else z.dtype
-        if torch.compiler.is_compiling() or any(one.is_inference() or one.requires_grad for one in parts):
+        now: list[Any] = [dtype, z.device]
+        steady = not torch.compiler.is_compiling()
+        for one in parts:
+            steady = steady and not (one.is_inference() or one.requires_grad)
+            now += [id(one), one._version] if steady else []
+        if not steady:
             return [one.to(z.device, dtype) for one in parts]
-        kept, now = self._kept, (*(one._version for one in parts), dtype, z.device)
-        if kept is None or any(old is not new for old, new in zip(kept[0], parts, strict=True)) or kept[1] != now:
+        kept = self._kept
+        if kept is None or kept[1] != now:  # those kept are alive: no other has the id of one
             with torch.inference_mode(False):  # what is made there could not be trained through later
                 kept = self._kept = parts, now, [one.to(z.device, dtype) for one in parts]
         return kept[2]
