@@ -43,16 +43,18 @@ class Watch:
 
     def batches(self, loader: Iterable[Any]) -> Iterator[Any]:
         """Its batches, each run through the model before the next one."""
-        with ExitStack() as stack:
-            stack.callback(self.place.module.register_forward_hook(self._made).remove)
-            stack.callback(self.model.register_forward_hook(self._returned).remove)
+        with ExitStack() as hooks:
+            if self.scored:
+                hooks.callback(self.place.module.register_forward_hook(self._made).remove)
+                hooks.callback(self.model.register_forward_hook(self._returned).remove)
             for batch in loader:
+                if self.rows >= _ROWS:
+                    hooks.close()
                 self.labelled = self.labelled and batches.class_labels(batch) is not None
                 yield batch
 
     def _made(self, layer: nn.Module, args: Any, scores: Any) -> None:
-        wanted = self.scored and self.rows < _ROWS and isinstance(scores, Tensor)
-        self.scores = scores.detach() if wanted else None
+        self.scores = scores.detach() if isinstance(scores, Tensor) else None
 
     def _returned(self, model: nn.Module, args: Any, output: Any) -> None:
         if self.scores is None:
