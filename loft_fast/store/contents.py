@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,7 @@ def read_contents(store: Path, ledger: Ledger, key: bytes) -> Contents:
 def check_folders(store: Path) -> None:
     """Raise StoreError unless the folders are the store's own: files elsewhere are not for it to write and delete."""
     for folder in (store / MOMENTS, store / PROJECTION):
-        if folder.is_symlink() or not folder.is_dir():
+        if not _is_folder(folder):
             raise StoreError(f"{folder.name}: {str(folder)!r} is {_kind(folder)}, expected the store's own folder")
 
 
@@ -98,6 +99,14 @@ def collect(store: Path, ledger: Ledger) -> None:
             path.unlink(missing_ok=True)
         if left:
             files.sync_folder(folder)
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether there is a folder, not a link to one. Every call of the store asks: one look at the disk will do."""
+    try:
+        return stat.S_ISDIR(path.lstat().st_mode)
+    except OSError:
+        return False
 
 
 def _kind(path: Path) -> str:
