@@ -31,6 +31,7 @@ CREATE TABLE totals (round INTEGER, key TEXT, moments BLOB NOT NULL, PRIMARY KEY
 CREATE TABLE gone (kind TEXT, name TEXT, PRIMARY KEY (kind, name)) WITHOUT ROWID;
 CREATE TABLE log (number INTEGER PRIMARY KEY, id TEXT UNIQUE, time TEXT NOT NULL, round INTEGER NOT NULL,
     client TEXT, node TEXT, verdict TEXT NOT NULL, reason TEXT NOT NULL);
+CREATE INDEX forgotten ON log (client) WHERE verdict = 'forgotten';
 """
 ALL = "null"  # the key of rows that are not grouped
 

@@ -48,7 +48,7 @@ def client_app(
     @app.query("moments")
     def moments(message: Message, context: Context) -> Message:
         asked = messages.fields_of(message.content)
-        data = _read(context)
+        tags, data = _tags(context), _read(context)
         if data is None or bool(asked.get("refresh")):
             exact = asked.get("exact")
             whole = fetch(context, None if exact is None else float(exact))
@@ -56,9 +56,9 @@ def client_app(
                 whole = sum(_answers(context), whole)  # type: ignore[arg-type] # as if they were still there
             left, data = _left(context, whole), whole.to_bytes()
             _write(context, data)
-        else:
+        elif tags:
             left = _left(context, _moments_of(data))
-        return _answer(message, context, asked, left.to_bytes(), answered=_tags(context) or None)
+        return _answer(message, context, asked, left.to_bytes() if tags else data, answered=tags or None)
 
     @app.query("rows")
     def rows(message: Message, context: Context) -> Message:

@@ -278,7 +278,8 @@ class MomentsServer:
                 raise RefusedError("the same answer again")
             if known is not None:
                 raise RefusedError("another answer than before, which stands")
-            sums = self._sums(result.number, moments)
+            parts = self._still(moments)
+            sums = self._sums(result.number, moments.count, parts)
         except (RefusedError, FileFormatError) as error:
             why = reason(error)
             result.refused[who] = why
@@ -287,7 +288,7 @@ class MomentsServer:
                 archive.write(result.number, "refused", why, client, str(node))
             return
         with archive.change():
-            self._accept(result.number, client, str(node), digest, moments, sums)
+            self._accept(result.number, client, str(node), digest, moments, parts, sums)
         result.accepted.append(client)
         result.settled.add(str(node))
 
@@ -304,14 +305,13 @@ class MomentsServer:
         gone = self._archive.gone("group")
         return {key: part for key, part in by_key(moments).items() if key not in gone}
 
-    def _sums(self, round: int, moments: Moments | GroupedMoments) -> dict[str, Moments]:
-        """What the kept sums become with the moments of a client; refuses more rows than they can hold."""
+    def _sums(self, round: int, count: int, parts: dict[str, Moments]) -> dict[str, Moments]:
+        """What the kept sums become with these of a client, of so many rows; refuses more than they can hold."""
         if self._blank.exact is None:
-            rows = self._archive.count(round) + moments.count
+            rows = self._archive.count(round) + count
             if rows > FloatState.most_rows:
                 raise RefusedError(f"with it there would be {rows} rows, expected at most {FloatState.most_rows}")
             return {}
-        parts = self._still(moments)
         total = self._archive.total(round, parts)
         try:
             return {key: total[key] + part if key in total else part for key, part in parts.items()}
@@ -325,10 +325,11 @@ class MomentsServer:
         node: str,
         digest: str,
         moments: Moments | GroupedMoments,
+        parts: dict[str, Moments],
         sums: dict[str, Moments],
     ) -> None:
         archive = self._archive
-        kept = {key: part.to_bytes() for key, part in self._still(moments).items()} if self._keep == "clients" else {}
+        kept = {key: part.to_bytes() for key, part in parts.items()} if self._keep == "clients" else {}
         archive.add_member(round, client, node, digest, moments, kept)
         for key, total in sums.items():
             archive.set_total(round, key, total)
