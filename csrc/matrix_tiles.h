@@ -75,19 +75,15 @@ struct MatrixTiles {
     static LOFT_INLINE void cut(const Packed* panel, int64_t rows, Packed* left) {
         for (int64_t plane = 0; plane < steps(rows) * planes; ++plane)
             for (int half = 0; half < 2; ++half)
-                transpose(panel + plane * kPlane + half * kEdge, left + (2 * plane + half) * kTile);
+                transpose(panel + plane * kPlane + half * kEdge, width, left + (2 * plane + half) * kTile, kEdge);
     }
 
-  protected:
-    static constexpr int64_t words(int64_t rows) { return (rows + Fold - 1) / Fold; }
-    static constexpr int64_t steps(int64_t rows) { return (words(rows) + kEdge - 1) / kEdge; }
-
-  private:
-    // 16 x 16 words, of rows `width` apart: pairs of rows are interleaved, then pairs of pairs, and so on.
+    // 16 x 16 words, of rows some words apart: pairs of rows are interleaved, then pairs of pairs, and so on.
 #if LOFT_AMX
-    __attribute__((target("avx512f"))) LOFT_NOINLINE static void transpose(const Packed* from, Packed* to) {
+    __attribute__((target("avx512f"))) LOFT_NOINLINE static void transpose(const Packed* from, int64_t row, Packed* to,
+                                                                            int64_t column) {
         __m512i a[kEdge], b[kEdge];
-        for (int i = 0; i < kEdge; ++i) a[i] = _mm512_loadu_si512(from + i * width);
+        for (int i = 0; i < kEdge; ++i) a[i] = _mm512_loadu_si512(from + i * row);
         for (int i = 0; i < kEdge; i += 2) {
             b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
             b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
@@ -103,15 +99,19 @@ struct MatrixTiles {
             const __m512i odd = _mm512_shuffle_i32x4(a[k], a[4 + k], kOdd);
             const __m512i even_below = _mm512_shuffle_i32x4(a[8 + k], a[12 + k], kEven);
             const __m512i odd_below = _mm512_shuffle_i32x4(a[8 + k], a[12 + k], kOdd);
-            _mm512_store_si512(to + k * kEdge, _mm512_shuffle_i32x4(even, even_below, kEven));
-            _mm512_store_si512(to + (4 + k) * kEdge, _mm512_shuffle_i32x4(odd, odd_below, kEven));
-            _mm512_store_si512(to + (8 + k) * kEdge, _mm512_shuffle_i32x4(even, even_below, kOdd));
-            _mm512_store_si512(to + (12 + k) * kEdge, _mm512_shuffle_i32x4(odd, odd_below, kOdd));
+            _mm512_store_si512(to + k * column, _mm512_shuffle_i32x4(even, even_below, kEven));
+            _mm512_store_si512(to + (4 + k) * column, _mm512_shuffle_i32x4(odd, odd_below, kEven));
+            _mm512_store_si512(to + (8 + k) * column, _mm512_shuffle_i32x4(even, even_below, kOdd));
+            _mm512_store_si512(to + (12 + k) * column, _mm512_shuffle_i32x4(odd, odd_below, kOdd));
         }
     }
 #else
-    static void transpose(const Packed*, Packed*) {}
+    static void transpose(const Packed*, int64_t, Packed*, int64_t) {}
 #endif
+
+  protected:
+    static constexpr int64_t words(int64_t rows) { return (rows + Fold - 1) / Fold; }
+    static constexpr int64_t steps(int64_t rows) { return (words(rows) + kEdge - 1) / kEdge; }
 };
 
 // bfloat16 numbers. Products of 32 rows are added up by themselves, then added to the sum.

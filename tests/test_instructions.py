@@ -46,7 +46,7 @@ def test_unknown_ones_are_refused():
 
 
 # Edges of panels and of vectors within them, for every width of a vector; one block and several.
-@pytest.mark.parametrize("shape", [(1, 7), (65, 17), (300, 33), (1100, 50), (70, 100)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 7), (65, 17), (300, 33), (33, 64), (1100, 50), (70, 100)], ids=str)
 @pytest.mark.parametrize("dtype", [F64, F32, F16, BF16], ids=str)
 def test_moments(instructions, dtype, shape):
     test_moments_update.check(normal(*shape, mean=0.5, dtype=dtype))
@@ -65,6 +65,14 @@ def test_the_largest_integers(instructions):
     x = torch.full((1024, 9), 32767 * test_quantized_update.SCALE)
     got = test_quantized_update.add(test_quantized_update.empty(1, 9), x)
     assert torch.equal(got[3][0], torch.full((9, 9), 1024 * 32767**2))
+
+
+@pytest.mark.parametrize("n", [3, 61, 1030])
+def test_integers_of_all_sizes(instructions, n):
+    x = torch.randint(-32767, 32768, (n, 50), generator=torch.Generator().manual_seed(n)).double()
+    x *= test_quantized_update.SCALE
+    got = test_quantized_update.add(test_quantized_update.empty(1, 50), x)
+    assert torch.equal(test_quantized_update.bits(got), test_quantized_update.bits(test_quantized_update.truth(x)))
 
 
 @pytest.mark.parametrize("shape", [(1, 7, 3), (65, 17, 5), (50, 100, 49)], ids=str)
