@@ -21,7 +21,8 @@ def project(x: Tensor, basis: Tensor, center: Tensor) -> Tensor:
     """center + (x - center) U U^T, row by row.
 
     Differentiable to any order. On a CPU, bfloat16 rows less the center, the basis and the coordinates are rounded to
-    bfloat16 and multiplied as such where the processor can (AVX-512-BF16, AMX); other 16-bit rows are multiplied in float32.
+    bfloat16 and multiplied as such where the processor can (AVX-512-BF16, AMX); other 16-bit rows are multiplied in
+    float32.
 
     Args:
         x: (n, d) float16, bfloat16, float32 or float64; any strides; n >= 0.
