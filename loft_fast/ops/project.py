@@ -51,9 +51,9 @@ def _differentiates(*tensors: Tensor) -> bool:
 
 
 def _pays(x: Tensor) -> bool:
-    if backends.choose(_OP, x.device, x.dtype) == "torch":
+    if len(x) < _WORTHWHILE and x.element_size() > 2:  # 16-bit products are slow on most processors
         return False
-    return len(x) >= _WORTHWHILE or x.element_size() == 2  # 16-bit products are slow on most processors
+    return backends.choose(_OP, x.device, x.dtype) != "torch"
 
 
 def _plain(x: Tensor, basis: Tensor, center: Tensor) -> Tensor:
