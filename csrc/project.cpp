@@ -192,10 +192,10 @@ template <typename In, typename T>
 void dispatch(const Rows& x, const void* basis, const void* center, int64_t s, void* out, int threads) {
     const T *u = static_cast<const T*>(basis), *c = static_cast<const T*>(center);
     In* to = static_cast<In*>(out);
-    if constexpr (std::is_same_v<In, BFloat16>)
+    if constexpr (std::is_same_v<In, BFloat16>) {
         if (instructions() >= Instructions::amx) return project_tiles(x, u, c, s, out, threads);
-    if constexpr (std::is_same_v<In, BFloat16>)
         if (instructions() >= Instructions::avx512_bf16) return run<BFloat16Pairs<kChain>>(x, u, c, s, to, threads);
+    }
     switch (vector_bytes()) {
         case 64: return run<Numbers<T, 64>>(x, u, c, s, to, threads);
         case 32: return run<Numbers<T, 32>>(x, u, c, s, to, threads);

@@ -16,7 +16,7 @@ namespace {
 using Form = BFloat16Tiles;
 constexpr int64_t kWidth = Form::width;
 constexpr int64_t kTiles = 2;        // tiles of rows in a block: a panel of the basis is read once for all of them
-constexpr int64_t kSmall = 1 << 22;  // multiply-adds below which a thread costs more than it brings
+constexpr int64_t kSmall = 1 << 24;  // multiply-adds below which a thread costs more than it brings
 
 #define LOFT_ROUND __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16"))) LOFT_NOINLINE
 
