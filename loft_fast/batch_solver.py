@@ -11,8 +11,10 @@ from loft_fast.goals import Distance
 from loft_fast.grouped_moments import GroupedMoments
 from loft_fast.moments import Moments
 from loft_fast.objective import About, build_objective, pooled
+from loft_fast.ops.arguments import check_number
 from loft_fast.projection import Projection
-from loft_fast.solver import AT_RANK, certify, check_number, searched
+from loft_fast.search import searched
+from loft_fast.solver import AT_RANK
 from loft_fast.state import lasting
 
 _STACK = 1 << 23  # bytes of one matrix of a stack: all threads have enough to do, and it stays in the last cache
@@ -77,7 +79,7 @@ def _solve_stack(retain: Sets, forget: Sets, first: int, rank: int, about: About
         Projection(
             best.point.basis.contiguous(),
             frontier.objective.center,
-            certify(best, str(goal), AT_RANK, frontier.eigen_solves, seconds),
+            best.certificate(str(goal), AT_RANK, frontier.eigen_solves, seconds),
             keep.site,
             check=False,
         )

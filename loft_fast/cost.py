@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from loft_fast.errors import InputError
+from loft_fast.ops.arguments import check_integer
 
 PRODUCTS = 70  # of a projector by purification: 60 to 80 on spectra with a relative gap of 1e-6
 
@@ -90,5 +90,4 @@ def moments_update_project(n: int, d: int, rank: int, scatter: bool = True, dtyp
 
 def _check(**sizes: int) -> None:
     for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
-            raise InputError(f"{name}: got {size!r}, expected an integer >= 0")
+        check_integer(name, size, 0)

@@ -14,7 +14,7 @@ _ROUNDING = 1e-12  # what a sum of d terms may lose: a point on the limit must n
 
 
 class Goal(Protocol):
-    """A loss over the frontier that `solver.optimum` can minimise."""
+    """A loss over the frontier that `search.optimum` can minimise."""
 
     def loss(self, a: float, b: float) -> float:
         """The loss of keeping shares a of the retain and b of the forget variance."""

@@ -19,9 +19,10 @@ from loft_fast.errors import InputError
 from loft_fast.evaluate import observe
 from loft_fast.fetch import fetch_moments
 from loft_fast.moments import Moments
+from loft_fast.ops.arguments import check_number
 from loft_fast.projection import Projection
 from loft_fast.sites import Site, find_site
-from loft_fast.solver import check_number, solve
+from loft_fast.solver import solve
 from loft_fast.surgery import Attached, attach, fold, foldable
 
 log = logging.getLogger("loft_fast")

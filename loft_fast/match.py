@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from loft_fast import batches
 from loft_fast.errors import InputError
-from loft_fast.ops.arguments import check_positive
+from loft_fast.ops.arguments import check_integer, check_positive
 from loft_fast.sites import device_of, evaluating, unwrap
 from loft_fast.unseen import Unseen, unseen
 
@@ -55,8 +55,7 @@ def match_retrained(
         InputError: as `unseen`, or a bad number; the model is then, and after an interruption, as it was.
     """
     check_positive("rate", rate)
-    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
-        raise InputError(f"epochs: got {epochs!r}, expected a whole number of at least 1")
+    check_integer("epochs", epochs)
     if iter(retain) is retain:
         raise InputError(f"retain: got a {type(retain).__name__}, expected a loader that can be passed over again")
     target = unwrap(model)

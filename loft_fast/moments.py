@@ -18,6 +18,7 @@ from loft_fast.collective import TIMEOUT, Peers
 from loft_fast.errors import FileFormatError, InputError
 from loft_fast.float_state import FloatState
 from loft_fast.integer_state import IntegerState, check_exact
+from loft_fast.ops.arguments import check_integer
 from loft_fast.ops.reference import square
 from loft_fast.state import State, lasting, pack, unpack
 from loft_fast.waiting import Waiting
@@ -59,8 +60,7 @@ class Moments:
 
     @lasting
     def __init__(self, dim: int, device: torch.device | str | None = None, exact: float | bool | None = None) -> None:
-        if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
-            raise InputError(f"dim: got {dim!r}, expected an integer >= 1")
+        check_integer("dim", dim)
         self.dim = dim
         self._state: State = FloatState(dim, device) if exact is None else IntegerState(dim, device, check_exact(exact))
         self._waiting = Waiting(dim)
@@ -216,8 +216,7 @@ class Moments:
         Raises:
             InputError: count <= ddof, or ddof is not an integer >= 0.
         """
-        if isinstance(ddof, bool) or not isinstance(ddof, int) or ddof < 0:
-            raise InputError(f"ddof: got {ddof!r}, expected an integer >= 0")
+        check_integer("ddof", ddof, 0)
         if self.count <= ddof:
             raise InputError(f"ddof: a covariance with ddof={ddof} needs more than {ddof} rows, got {self.count}")
         return self.scatter / (self.count - ddof)

@@ -42,7 +42,7 @@ Offer = Callable[[int, float, Point | None], bool]
 """Called with a problem's number, an angle and the point proven there, if any; returns whether that is enough."""
 
 
-def descend(objectives: Sequence[Objective], goal: Goal, rank: int, offer: Offer, start: float | None = None) -> None:
+def search(objectives: Sequence[Objective], goal: Goal, rank: int, offer: Offer, start: float | None = None) -> None:
     """For every problem, offer angles ever closer to the optimum at this rank until one is good enough.
 
     The problems, all of one size, are stacked. Every offer costs one eigendecomposition of full size. The first is made

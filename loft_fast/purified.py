@@ -36,7 +36,7 @@ def pays(objective: Objective) -> bool:
     return least is not None and objective.dim >= least
 
 
-def descend(objectives: Sequence[Objective], goal: Goal, rank: int, offer: Offer, start: float | None = None) -> None:
+def search(objectives: Sequence[Objective], goal: Goal, rank: int, offer: Offer, start: float | None = None) -> None:
     """For every problem, offer angles ever closer to the optimum at this rank until one is good enough.
 
     The problems, all of one size, are stacked. `start`: an angle to begin at.

@@ -15,10 +15,11 @@ from loft_fast.fetch import fetch_moments
 from loft_fast.grouped_moments import GroupedMoments
 from loft_fast.moments import Moments
 from loft_fast.objective import About
+from loft_fast.ops.arguments import check_number
 from loft_fast.outputs import close_outputs
 from loft_fast.projection import Projection
 from loft_fast.sites import Site, find_site, last_linear
-from loft_fast.solver import check_number, solve
+from loft_fast.solver import solve
 from loft_fast.surgery import Attached, attach, fold, foldable, known_width
 from loft_fast.watch import Watch
 

@@ -8,7 +8,7 @@ import torch
 from loft_fast import newton
 from loft_fast.frontier import Frontier
 from loft_fast.goals import Distance
-from loft_fast.newton import _Models, descend
+from loft_fast.newton import _Models, search
 from loft_fast.objective import Objective
 
 
@@ -31,14 +31,14 @@ def basis_of(model, t):
 
 
 def offers(objectives, rank, enough=lambda point: False):
-    """What `descend` offers for each problem: (angle, point) pairs."""
+    """What `search` offers for each problem: (angle, point) pairs."""
     found = [[] for _ in objectives]
 
     def offer(i, angle, point):
         found[i].append((angle, point))
         return enough(point)
 
-    descend(objectives, Distance(), rank, offer)
+    search(objectives, Distance(), rank, offer)
     return found
 
 
@@ -148,6 +148,6 @@ def test_a_satisfied_problem_is_left_alone():
     zero = torch.zeros(160).double()
     objectives = [Objective(power_law(160, 1, 2 * i), power_law(160, 1, 2 * i + 1), zero) for i in range(3)]
     calls = []
-    descend(objectives, Distance(), 40, lambda i, angle, point: calls.append(i) or i == 1)
+    search(objectives, Distance(), 40, lambda i, angle, point: calls.append(i) or i == 1)
     assert calls.count(1) == 1
     assert calls.count(0) > 1

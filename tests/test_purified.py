@@ -45,7 +45,7 @@ def test_the_optimum_is_the_same(monkeypatch, products, kind, index):
 def test_a_proof_takes_few_evaluations_and_the_later_ones_start_warm(products):
     objective = Objective(power_law(96, 1, 0), power_law(96, 1, 1), torch.zeros(96).double())
     found = []
-    purified.descend([objective], Distance(), 30, lambda i, angle, point: bool(found.append((angle, point))))
+    purified.search([objective], Distance(), 30, lambda i, angle, point: bool(found.append((angle, point))))
     assert [point for _, point in found[:-1]] == [None] * (len(found) - 1)
     angle, point = found[-1]
     assert point is not None
@@ -60,7 +60,7 @@ def test_a_basis_is_as_orthonormal_as_any(products):
     # Spanned by the projections of random vectors, of which some are nearly alike: a condition of some hundreds.
     objective = Objective(power_law(256, 1, 0), power_law(256, 1, 1), torch.zeros(256).double())
     points = []
-    purified.descend([objective], Distance(), 100, lambda i, angle, point: bool(points.append(point)))
+    purified.search([objective], Distance(), 100, lambda i, angle, point: bool(points.append(point)))
     basis = points[-1].basis
     assert float((basis.T @ basis - torch.eye(100).double()).abs().max()) < 1e-13
 

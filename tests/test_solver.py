@@ -22,7 +22,7 @@ from problems import (
 
 from loft_fast import GroupedMoments, InputError, Moments, solve
 from loft_fast.peers.riemannian_adam import descend
-from loft_fast.solver import Optimum
+from loft_fast.search import Optimum
 
 TOLERANCE = 1e-6  # the default of `solve`
 

@@ -82,3 +82,19 @@ def check_positive(name: str, value: float) -> None:
     """Refuse an argument `name` that is no finite number above 0."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
         raise InputError(f"{name}: got {value!r}, expected a number above 0")
+
+
+def check_number(name: str, value: float | None, low: float, high: float, whole: bool = False) -> None:
+    """Refuse an argument that is neither None nor a (whole) number in [low, high]."""
+    if value is None:
+        return
+    kind = int if whole else (int, float)
+    if isinstance(value, (bool, Tensor)) or not isinstance(value, kind) or not low <= value <= high:
+        wanted = "an integer" if whole else "a number"
+        raise InputError(f"{name}: got {value!r}, expected {wanted} in [{low:g}, {high:g}]")
+
+
+def check_integer(name: str, value: object, least: int = 1) -> None:
+    """Refuse an argument that is no integer of at least this."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InputError(f"{name}: got {value!r}, expected an integer >= {least}")
