@@ -9,6 +9,7 @@ except ImportError as error:
 
 from loft_fast.federated.archive import Event
 from loft_fast.federated.client import client_app
-from loft_fast.federated.server import MomentsServer, Round
+from loft_fast.federated.rounds import Round
+from loft_fast.federated.server import MomentsServer
 
 __all__ = ["Event", "MomentsServer", "Round", "client_app"]

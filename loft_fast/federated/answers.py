@@ -6,7 +6,7 @@ from flwr.app import Message
 
 from loft_fast import files
 from loft_fast.federated import messages
-from loft_fast.federated.archive import by_key
+from loft_fast.federated.keys import by_key
 from loft_fast.grouped_moments import GroupedMoments
 from loft_fast.moments import Moments
 from loft_fast.plausible import implausible

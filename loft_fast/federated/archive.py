@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from loft_fast.errors import InputError, StoreError
-from loft_fast.grouped_moments import GroupedMoments, Key
+from loft_fast.grouped_moments import GroupedMoments
 from loft_fast.moments import Moments
 from loft_fast.projection import Projection
 
@@ -33,7 +33,6 @@ CREATE TABLE log (number INTEGER PRIMARY KEY, id TEXT UNIQUE, time TEXT NOT NULL
     client TEXT, node TEXT, verdict TEXT NOT NULL, reason TEXT NOT NULL);
 CREATE INDEX forgotten ON log (client) WHERE verdict = 'forgotten';
 """
-ALL = "null"  # the key of rows that are not grouped
 
 
 @dataclass(frozen=True)
@@ -313,23 +312,3 @@ class Archive:
     def request(self, id: str) -> Event | None:
         """The line of a forget request, if there was one of this id."""
         return next(iter(self._events("WHERE id = ?", id)), None)
-
-
-def by_key(moments: Moments | GroupedMoments) -> dict[str, Moments]:
-    """Moments by the text of their keys; of rows that are not grouped, one."""
-    if isinstance(moments, Moments):
-        return {ALL: moments}
-    return {json.dumps(key): moments[key] for key in moments if moments[key].count}
-
-
-def from_keys(parts: dict[str, Moments], blank: GroupedMoments | Moments) -> GroupedMoments | Moments:
-    """The inverse; `blank` tells of what kind they are."""
-    if isinstance(blank, Moments):
-        return parts.get(ALL, blank)
-    return GroupedMoments.of({key_of(text): part for text, part in parts.items() if part.count}, blank.select([]))
-
-
-def key_of(text: str) -> Key:
-    """The key that a text stands for."""
-    key: Key = json.loads(text)
-    return key

@@ -1,9 +1,10 @@
-"""One round of questions: asked, waited for, and every answer handed on as it comes."""
+"""One round of questions: asked, waited for, every answer handed on as it comes, and what came of it."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
 from flwr.app import Message, RecordDict
@@ -13,6 +14,30 @@ from tqdm.auto import tqdm
 from loft_fast.errors import InputError
 
 _PAUSE = 0.05  # seconds between two looks for answers
+
+
+@dataclass
+class Round:
+    """What came of a round.
+
+    Attributes:
+        number: 1, 2, ...
+        accepted: clients whose answers were new and count.
+        refused: why others do not, by client or node.
+        missing: nodes that did not answer in time.
+    """
+
+    number: int
+    accepted: list[str] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    settled: set[str] = field(default_factory=set, repr=False)
+    """Nodes of which nothing more is expected."""
+
+    def __str__(self) -> str:
+        told = "".join(f"; {name}: {why}" for name, why in self.refused.items())
+        silent = f"; no answer from {', '.join(self.missing)}" if self.missing else ""
+        return f"round {self.number}: {len(self.accepted)} new contributions accepted{told}{silent}"
 
 
 def check_nodes(nodes: Iterable[int] | int | None, name: str = "nodes") -> list[int] | int | None:
