@@ -198,9 +198,10 @@ class MomentsServer:
         what = f"clients {', '.join(names)}"
         if self._answered(id, what):
             return self.projection
-        unknown = next((name for name in names if name not in self.clients), None)
+        known = self.clients
+        unknown = next((name for name in names if name not in known), None)
         if unknown is not None:
-            there = ", ".join(map(repr, self.clients[:10])) or "none"
+            there = ", ".join(map(repr, known[:10])) or "none"
             raise InputError(f"clients: no client {unknown!r}; there are {there}")
         if self._kept.keep == "sum":
             raise InputError("clients: contributions are not kept (keep='sum'); ask them: forget_rows(grid, node)")
@@ -325,12 +326,12 @@ class MomentsServer:
 
         failed: list[int] = []
 
-        def take(node: int, answer: Message) -> None:
+        def confirm(node: int, answer: Message) -> None:
             if answer.has_error():
                 failed.append(node)
 
         asked = wait_for_nodes(grid, wanted, timeout)
-        silent = ask(grid, messages.UPDATE, content, asked, timeout, str(self._archive.round), take, progress)
+        silent = ask(grid, messages.UPDATE, content, asked, timeout, str(self._archive.round), confirm, progress)
         return [str(node) for node in sorted({*silent, *failed})]
 
 
