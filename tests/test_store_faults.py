@@ -114,7 +114,6 @@ def test_killed_while_it_is_made(tmp_path):
 
 def test_what_a_killed_creation_left_goes_with_the_next_one(tmp_path, monkeypatch):
     """That of a process that is still at work stays, and so does what only looks like it."""
-    from loft_fast.store import store as module
 
     def stop(folder):
         if (folder / "ledger.sums").exists():
@@ -126,7 +125,7 @@ def test_what_a_killed_creation_left_goes_with_the_next_one(tmp_path, monkeypatc
     for _ in range(2):
         process = os.fork()
         if not process:
-            monkeypatch.setattr(module.files, "sync_folder", stop)
+            monkeypatch.setattr(files, "sync_folder", stop)
             new_store(tmp_path)
             os._exit(0)
         drafts.append(process)
@@ -247,7 +246,7 @@ def test_busy(tmp_path, monkeypatch):
     from loft_fast.store import store as module
     from loft_fast.store.lock import locked
 
-    monkeypatch.setattr(module, "_PATIENCE", 0.05)
+    monkeypatch.setattr(module, "PATIENCE", 0.05)
     with new_store(tmp_path) as store:
         with locked(store.path / "lock", 1), pytest.raises(StoreError, match="held by another process"):
             store.forget([1], rank=4)

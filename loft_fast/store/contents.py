@@ -10,17 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from loft_fast import files
-from loft_fast.errors import FileFormatError, StoreError
+from loft_fast.errors import FileFormatError, InputError, StoreError
 from loft_fast.grouped_moments import GroupedMoments
 from loft_fast.projection import Projection
 from loft_fast.store.keys import pseudonym
-from loft_fast.store.ledger import Ledger
+from loft_fast.store.ledger import Ledger, Place
 
 MOMENTS, PROJECTION = "moments", "projection"
 _NAMES = re.compile(r"[0-9a-f]{64}(-[0-9a-f]{32})?\.safetensors")
-
-Place = tuple[str, bool]
-"""Where moments belong: the pseudonym of their group, and whether their rows are retained."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +77,14 @@ def read_contents(store: Path, ledger: Ledger, key: bytes) -> Contents:
         if projection.digest() != last.projection:
             raise StoreError(f"{PROJECTION}: {str(path)!r} is not that of the last entry of the ledger")
     return Contents(retain, forgotten, projection)
+
+
+def check_sizes(moments: GroupedMoments, least: int, what: str = "rows") -> None:
+    """Refuse groups of fewer rows than may be kept: moments of few rows give these away."""
+    small = next((key for key in moments if moments[key].count < least), None)
+    if small is not None:
+        count = moments[small].count
+        raise InputError(f"moments: group {small!r} would hold {count} {what}, expected at least min_rows={least}")
 
 
 def check_folders(store: Path) -> None:

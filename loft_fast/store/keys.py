@@ -12,6 +12,7 @@ from typing import Any
 from loft_fast import files
 from loft_fast.errors import MissingExtraError, StoreError
 
+SUBJECTS, SIGNING = "subjects.key", "signing.key"
 _BYTES = 32
 
 
@@ -27,14 +28,16 @@ def new_secret(path: Path) -> bytes:
     return key
 
 
-def read_secret(path: Path) -> bytes:
-    """The key in a file."""
+def read_secret(path: Path, mark: str | None) -> bytes:
+    """The key in a file, if `mark` is its pseudonym of nothing."""
     try:
         key = path.read_bytes()
     except OSError as error:
         raise StoreError(f"{path.name}: cannot read {str(path)!r}: {error.strerror or error}") from error
     if len(key) != _BYTES:
         raise StoreError(f"{path.name}: {str(path)!r} is damaged: {len(key)} bytes, expected {_BYTES}")
+    if pseudonym(key, "") != mark:
+        raise StoreError(f"{path.name}: it is not the key of this store")
     return key
 
 

@@ -8,13 +8,17 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from loft_fast.errors import StoreError
+from tqdm.auto import tqdm
+
+from loft_fast.errors import InputError, StoreError
 from loft_fast.store.sums import PAGE
 
 SCHEMA = 1
+LEDGER = "ledger.sqlite"
 _BUSY = 60  # seconds to wait for another process
 # What is deleted is overwritten; what is committed is on the disk; the log is moved to the database by `checkpoint`.
 _PRAGMAS = (
@@ -33,6 +37,9 @@ CREATE TABLE rows (subject TEXT PRIMARY KEY, owner TEXT NOT NULL, count INTEGER 
 CREATE INDEX owners ON rows (owner);
 CREATE TABLE entries (number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, entry TEXT NOT NULL);
 """
+
+Place = tuple[str, bool]
+"""Where moments belong: the pseudonym of their group, and whether their rows are retained."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,11 @@ def canonical(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
+def now() -> str:
+    """The time, as entries have it."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
 class Ledger:
     """Entries, and the tables of what there is that change along with them."""
 
@@ -103,7 +115,7 @@ class Ledger:
         """What the store says of itself."""
         return dict(self._all("SELECT name, value FROM about"))
 
-    def groups(self) -> dict[tuple[str, bool], str]:
+    def groups(self) -> dict[Place, str]:
         """(Subject, whether these rows are retained) -> digest of their moments."""
         found = self._all("SELECT subject, kept, digest FROM groups")
         return {(subject, bool(kept)): digest for subject, kept, digest in found}
@@ -140,8 +152,19 @@ class Ledger:
 
     def find(self, request: str) -> Entry | None:
         """The entry of a request, by its id."""
-        found = self._all("SELECT entry FROM entries WHERE id = ?", request)
+        found = self._all("SELECT entry FROM entries WHERE id = ?", request) if _is_text(request) else []
         return _parse(found[0][0]) if found else None
+
+    def answered(self, id: str | None, action: str, subjects: list[str]) -> Entry | None:
+        """The entry of an earlier request of this id, if it was the same."""
+        if id is None:
+            return None
+        if not _is_text(id) or not 1 <= len(id) <= 200:
+            raise InputError(f"id: got {id!r}, expected a text of 1 to 200 letters")
+        entry = self.find(id)
+        if entry is not None and (entry.action, sorted(entry.subjects)) != (action, sorted(subjects)):
+            raise InputError(f"id: {id!r} was another request, number {entry.number} in the ledger")
+        return entry
 
     def entries(self) -> Iterator[Entry]:
         """All of them in order, each checked against the one before, a few at a time.
@@ -163,11 +186,23 @@ class Ledger:
                 previous, number = entry.hash, number + 1
                 yield entry
 
-    def check(self) -> None:
-        """Raise StoreError if SQLite finds the file inconsistent."""
+    def check(self, about: dict[str, str], progress: bool) -> Entry:
+        """The last entry; raises StoreError unless entries, tables and what the store said of itself fit together."""
         found = self._all("PRAGMA integrity_check(1)")
         if found != [("ok",)]:
             raise StoreError(f"ledger: damaged: {found[0][0]}")
+        if self.about() != about:
+            raise StoreError("ledger: what the store says of itself has changed")
+        gone: dict[str, int] = {}
+        entry, count = None, self.last().number + 1
+        for entry in tqdm(self.entries(), "ledger", count, unit="entry", disable=not progress, leave=False):
+            if entry.action == "create" and entry.details != about:
+                raise StoreError("ledger: what the store says of itself is not what it was created with")
+            gone |= {subject: entry.number for subject in _emptied(entry) if subject not in gone}
+        if gone != self.all_gone():
+            raise StoreError("ledger: its list of forgotten groups is not what its entries say")
+        assert entry is not None
+        return entry
 
     # ---- writing ----
 
@@ -215,24 +250,30 @@ def append(connection: sqlite3.Connection, entry: Entry) -> None:
     connection.execute("INSERT INTO entries VALUES (?, ?, ?)", values)
 
 
-def set_groups(
-    connection: sqlite3.Connection, before: dict[tuple[str, bool], str], after: dict[tuple[str, bool], str]
-) -> None:
-    """Change inside a transaction what `Ledger.groups` gives."""
+def record(connection: sqlite3.Connection, entry: Entry, before: dict[Place, str], after: dict[Place, str]) -> None:
+    """Inside a transaction, add a sealed entry, and change what `Ledger.groups` gives, what is gone, and the index."""
+    emptied = [(subject,) for subject in _emptied(entry)]
     dropped = [(subject, int(kept)) for subject, kept in before.keys() - after.keys()]
     new = [(*place, digest) for place, digest in after.items() if before.get(place) != digest]
     connection.executemany("DELETE FROM groups WHERE subject = ? AND kept = ?", dropped)
     connection.executemany("INSERT OR REPLACE INTO groups VALUES (?, ?, ?)", new)
-
-
-def forget_subjects(connection: sqlite3.Connection, entry: Entry, emptied: list[str]) -> None:
-    """Note inside a transaction which groups went with an entry, and drop what went from the index of rows."""
-    connection.executemany("INSERT INTO gone VALUES (?, ?)", [(subject, entry.number) for subject in emptied])
+    connection.executemany("INSERT INTO gone VALUES (?, ?)", [(*subject, entry.number) for subject in emptied])
     if entry.action == "rows":
         rows = [(subject,) for subject in entry.subjects]
         connection.executemany("UPDATE rows SET count = count - 1 WHERE subject = ?", rows)
         connection.executemany("DELETE FROM rows WHERE subject = ? AND count <= 0", rows)
-    connection.executemany("DELETE FROM rows WHERE owner = ?", [(subject,) for subject in emptied])
+    connection.executemany("DELETE FROM rows WHERE owner = ?", emptied)
+    append(connection, entry)
+
+
+def _emptied(entry: Entry) -> list[str]:
+    """The groups that a request left without rows."""
+    return list(entry.details.get("emptied", []))
+
+
+def _is_text(id: object) -> bool:
+    """Whether it is a text without halves of letters, which no database takes."""
+    return isinstance(id, str) and not any("\ud800" <= letter <= "\udfff" for letter in id)
 
 
 def _parse(text: str) -> Entry:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from loft_fast.errors import StoreError
 
+LOCK = "lock"  # the file of a store that is locked
+PATIENCE = 60.0  # seconds to wait for another process
 _PAUSE = 0.01  # seconds between two tries
 
 
