@@ -15,6 +15,7 @@ from loft_fast import files
 from loft_fast.errors import InputError, StoreError
 from loft_fast.fingerprint import fingerprint
 from loft_fast.grouped_moments import GroupedMoments
+from loft_fast.ops.arguments import check_integer
 from loft_fast.store.contents import MOMENTS, PROJECTION, Contents, check_sizes
 from loft_fast.store.keys import SIGNING, SUBJECTS, new_secret, pseudonym
 from loft_fast.store.ledger import LEDGER, SCHEMA, Entry, Ledger, now, record
@@ -30,8 +31,7 @@ def make_store(
         raise InputError(f"moments: got {type(moments).__name__}, expected GroupedMoments")
     if not isinstance(moments.exact, float) or not moments.count:
         raise InputError(f"moments: got {moments!r}, expected exact ones, of at least one row")
-    if isinstance(min_rows, bool) or not isinstance(min_rows, int) or min_rows < 1:
-        raise InputError(f"min_rows: got {min_rows!r}, expected an integer >= 1")
+    check_integer("min_rows", min_rows)
     moments = moments.select([key for key in moments if moments[key].count])
     check_sizes(moments, min_rows)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):

@@ -15,11 +15,11 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from loft_fast.errors import InputError, StoreError
+from loft_fast.store.lock import PATIENCE
 from loft_fast.store.sums import PAGE
 
 SCHEMA = 1
 LEDGER = "ledger.sqlite"
-_BUSY = 60  # seconds to wait for another process
 # What is deleted is overwritten; what is committed is on the disk; the log is moved to the database by `checkpoint`.
 _PRAGMAS = (
     f"page_size={PAGE}",
@@ -99,7 +99,7 @@ class Ledger:
         if not create and not path.is_file():
             raise StoreError(f"path: {str(path.parent)!r} holds no store")
         with self._translated():
-            self._connection = sqlite3.connect(path, timeout=_BUSY, isolation_level=None, check_same_thread=False)
+            self._connection = sqlite3.connect(path, timeout=PATIENCE, isolation_level=None, check_same_thread=False)
             for pragma in _PRAGMAS:
                 self._connection.execute(f"PRAGMA {pragma}")
             if create:

@@ -288,7 +288,7 @@ class UnlearningStore:
         return make_receipt(self.find(id), self._about["identity"], self._signing_key())
 
     def _signing_key(self) -> bytes:
-        return read_secret(self.path / SIGNING, self._about["signing"])
+        return read_secret(self.path / SIGNING, self._about.get("signing"))
 
     # ---- one at a time ----
 
