@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/cuda/*)
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
 # Threads that wait by spinning slow each other down many times over where the cores are shared, as on most CI machines.
 # Benchmarks see what users see: the default.
