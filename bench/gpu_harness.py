@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import torch
 import triton
 
 import loft_fast as loft
+from bench.report import commit
 from loft_fast import cost
 
 Row = dict[str, Any]
@@ -164,15 +164,6 @@ def measure(
             torch.cuda.empty_cache()
         save(rows, trouble)
     return rows, trouble
-
-
-def commit() -> str:
-    """What is measured; nothing where it is no checkout, or git is not there."""
-    try:
-        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    except OSError:
-        return ""
-    return done.stdout.strip()
 
 
 def command(description: str | None, cases: Sequence[Case], arguments: list[str] | None) -> int:

@@ -46,6 +46,15 @@ def machine() -> str:
     return re.sub(r"[^a-z0-9]+", "-", f"{model} {os.cpu_count()} cores {instructions}".lower()).strip("-")
 
 
+def commit() -> str:
+    """What is measured; nothing where it is no checkout, or git is not there."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    except OSError:
+        return ""
+    return done.stdout.strip()
+
+
 def table(rows: list[Row], stored: list[Row]) -> str:
     """One line per case and rival; the ratio aimed at, and the stored one, next to it where there is one."""
     before = _by_rival(stored)
@@ -138,9 +147,8 @@ def _short(row: Row) -> Row:
 
 
 def _provenance(device: str) -> Row:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     versions = {"python": platform.python_version()} | {name: version(name) for name in ("torch", "numpy", "loft_fast")}
-    return {"device": device, "date": date.today().isoformat(), "commit": commit, "versions": versions}
+    return {"device": device, "date": date.today().isoformat(), "commit": commit(), "versions": versions}
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ import torch
 pytest.importorskip("triton")
 import triton
 
-from bench import gpu, gpu_harness
+from bench import gpu
+from bench.report import commit
 
 ROW = {"suite": "one", "case": "", "peer": "", "ratio": 1.0, "target": None}
 ROOT = Path(__file__).parent.parent
@@ -46,7 +47,7 @@ def test_what_was_measured_is_kept_where_the_gpu_is_taken_away(monkeypatch, tmp_
 
 def test_a_machine_without_git(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert gpu_harness.commit() == ""
+    assert commit() == ""
 
 
 def test_a_peer_that_fails_is_left_out(capsys):
