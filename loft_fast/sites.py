@@ -67,14 +67,18 @@ class Site:
     def pooled(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
         """(n, d): means over the positions of a row; of tokens, over those that a mask (n, t) marks as real.
 
-        In float32 at least: 16 bits cannot count the positions.
+        In float32 at least, under autocast, too: 16 bits cannot count the positions.
         """
         positions = self.channels_last(features).unsqueeze(1).flatten(1, -2)
         positions = positions.float() if positions.element_size() == 2 else positions
         weight = positions.new_ones(positions.shape[:2])
         if mask is not None and mask.shape == weight.shape:
-            weight = mask.to(weight.device).bool().to(weight.dtype)
-        return (weight.unsqueeze(1) @ positions).squeeze(1) / weight.sum(1, keepdim=True).clamp_min(1)
+            real = mask.to(weight.device).bool()
+            weight = real.to(weight.dtype)
+            positions = positions.masked_fill(~real.unsqueeze(2), 0)  # attention leaves NaN where it sees no token
+        with torch.autocast(positions.device.type, enabled=False):
+            sums = (weight.unsqueeze(1) @ positions).squeeze(1)
+        return sums / weight.sum(1, keepdim=True).clamp_min(1)
 
     def hook(self, see: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
         """Call `see` with the features in every forward pass; a tensor that it returns replaces them."""

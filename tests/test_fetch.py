@@ -152,6 +152,22 @@ def test_pooled_tokens_count_those_that_are_real(group):
         assert_groups(found, torch.stack(rows), keys)
 
 
+def test_pooled_tokens_do_not_hear_of_what_padding_holds():
+    model, loader = build(Tokens), texts()
+    wanted = fetch(model, loader, "mix:output", pool=True)
+    for batch in loader:
+        batch["input_ids"] = batch["input_ids"].where(batch["attention_mask"] > 0, 11)
+    model.embed = nn.Embedding.from_pretrained(torch.cat([model.embed.weight.detach(), torch.full((1, 5), torch.nan)]))
+    assert torch.equal(fetch(model, loader, "mix:output", pool=True).scatter, wanted.scatter)
+
+
+def test_pooled_maps_are_summed_in_float32_under_autocast():
+    x = 20 + torch.randn(9, 5, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = fetch(nn.Sequential(nn.Identity(), nn.Conv2d(5, 3, 1)), [x], "1", pool=True)
+    assert_moments(found, x.mean((2, 3)), 1e-4)
+
+
 def test_pooling_vectors_changes_nothing():
     model, loader = build(Mlp), batches_of()
     pooled, plain = (fetch(model, loader, "fc", pool=pool) for pool in (True, False))
