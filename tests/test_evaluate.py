@@ -301,6 +301,7 @@ X, Y = torch.zeros(4, 8), torch.zeros(4, dtype=torch.int64)
     [
         ({}, "sets: got none, expected some of retain_train, forget_train, retain_test, forget_test"),
         ({"retain": [(X, Y)]}, r"sets: got \['retain'\], expected some of retain_train"),
+        ({"retain_test": 5}, "retain_test: got int, expected an iterable of batches"),
         ({"retain_test": []}, "retain_test: the set is empty, expected at least one row"),
         ({"retain_test": [(X[:0], Y[:0])]}, "retain_test: the set is empty, expected at least one row"),
         ({"retain_test": [X]}, r"retain_test: got labels NoneType and outputs \(4, 3\), expected \(n,\) class indices"),
