@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -25,11 +25,14 @@ from loft_fast.ops.arguments import check_number
 from loft_fast.projection import Projection
 from loft_fast.sites import Site, find_site
 from loft_fast.solver import solve
+from loft_fast.state import lasting
 from loft_fast.surgery import Attached, attach, fold, foldable
 
 log = logging.getLogger("loft_fast")
 
 _LADDER = [0.05 * 1.25**i for i in range(16)]  # 0.05 to 1.42 radians
+_ROUNDING = 1e-9  # points by which the difference of two accuracies may be wrong
+_WHY = "the largest angle tried that leaves the accuracy; shares are without what is put back of what is dropped"
 _fold = fold  # the argument of `erase_layers` has the name of the function
 
 
@@ -71,7 +74,7 @@ def erase_layers(
     Args:
         model: a classifier, changed in place.
         retain, forget: loaders as for `fetch_moments`, passed over twice and once for each site.
-        sites: in the order of the forward pass, as for `fetch_moments`.
+        sites: in the order of the forward pass, as for `fetch_moments`; each once.
         cost: points of accuracy that all sites together may cost.
         check: loader of (x, y) or dictionaries with labels over rows to keep, which tell the accuracy: passed over six
             times at most, and five for each of several sites. Only classes that occur in it count as an answer.
@@ -86,25 +89,28 @@ def erase_layers(
         LoftError: bad arguments, and whatever `fetch_moments`, `solve` and `fold` refuse. The model is then as it was,
             as it is after an interruption before all is solved.
     """
-    if isinstance(sites, str) or not sites:
+    if isinstance(sites, str) or not isinstance(sites, Iterable) or not (names := list(sites)):
         raise InputError(f"sites: got {sites!r}, expected a list with at least one name")
-    places = [find_site(model, site) for site in sites]
+    places = [find_site(model, site) for site in names]
+    twice = [str(place) for i, place in enumerate(places) if place in places[:i]]
+    if twice:
+        raise InputError(f"sites: got {twice[0]!r} twice, expected each once")
     check_number("cost", cost, 0.0, 100.0)
     for place in places if fold else ():
         foldable(model, place)
     rows = retain if check is None else check
     before = _accuracy(model, rows, [])
-    bar = tqdm(places, desc="layers", disable=not progress, leave=False)
-    layers = [
-        _Layer(
-            place,
-            retain=_moments(model, place, "retain", retain, progress, pool=True),
-            forget=_moments(model, place, "forget", forget, progress, pool=True),
-            positions=_moments(model, place, "retain", retain, progress, pool=False),
-        )
-        for place in bar
-    ]
-    found, accuracy = _strongest(model, layers, rows, before, before - cost, progress)
+    with tqdm(places, desc="layers", disable=not progress, leave=False) as bar:
+        layers = [
+            _Layer(
+                place,
+                retain=_moments(model, place, "retain", retain, progress, pool=True),
+                forget=_moments(model, place, "forget", forget, progress, pool=True),
+                positions=_moments(model, place, "retain", retain, progress, pool=False),
+            )
+            for place in bar
+        ]
+    found, accuracy = _strongest(model, layers, rows, before, before - cost - _ROUNDING, progress)
     for layer, projection in zip(layers, found, strict=True):
         if projection is None:
             log.info("%s is left as it is: what would go first costs too much", layer.place)
@@ -115,7 +121,8 @@ def erase_layers(
             _fold(model, projection)
         else:
             attached[i] = attach(model, projection)
-    return [Erased(str(one.site), one, handle, before - accuracy) for one, handle in zip(chosen, attached, strict=True)]
+    lost = min(before - accuracy, cost)  # more can only be rounding
+    return [Erased(str(one.site), one, handle, lost) for one, handle in zip(chosen, attached, strict=True)]
 
 
 def _moments(model: nn.Module, place: Site, name: str, rows: Iterable[Any], progress: bool, pool: bool) -> Moments:
@@ -140,14 +147,20 @@ class _Layer:
     def _covariance(self) -> Tensor:
         return self.positions.covariance(ddof=0)
 
+    @lasting
     def projection(self, angle: float) -> Projection | None:
         """At this angle; None where that drops nothing."""
-        found = solve(self.retain, self.forget, angle=angle)
+        try:
+            found = solve(self.retain, self.forget, angle=angle)
+        except InputError as error:
+            raise InputError(f"sites: no projection at {str(self.place)!r}: {error}") from error
+        assert found.certificate is not None
         if found.rank == found.dim:
             return None
         lift = lifted(found.basis, self._covariance)
         center = self.positions.mean
-        return Projection(found.basis, center, found.certificate, str(self.place), lift=lift, check=False)
+        known = replace(found.certificate, why=_WHY)
+        return Projection(found.basis, center, known, str(self.place), lift=lift, check=False)
 
 
 def _strongest(

@@ -27,8 +27,8 @@ class Certificate:
         loss: the loss reached.
         lower_bound: no projector can reach a smaller loss than this.
         relative_gap: (loss - lower_bound) / loss; 0 means proven optimal. Losses below 1e-9 count as 1e-9.
-        retain_kept: share of the retain variance kept, tr(PA).
-        forget_kept: share of the forget variance kept, tr(PB).
+        retain_kept: share of the retain variance kept, tr(UU^T A): without what an oblique projection puts back.
+        forget_kept: share of the forget variance kept, tr(UU^T B), likewise.
         rank: dimension of the optimal subspace; that of a projection that was trimmed is smaller.
         angle: the optimum is extreme for cos(angle) a - sin(angle) b; radians. 0 if it is of no such trade-off.
         eigen_solves: full symmetric eigendecompositions spent, or projectors by matrix products in their stead.

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+import tqdm.auto
 from models import Classes, Maps, Mlp, Tokens, build, everything, rows_of
 from torch import nn
 
@@ -246,6 +247,37 @@ def test_what_is_dropped_is_put_back_as_far_as_the_rest_tells_it_at_single_posit
     assert torch.allclose(done.projection(seen) @ basis, seen @ basis)  # it tells what an orthogonal one would
 
 
+@pytest.mark.parametrize("right", range(982, 1000))
+def test_rounding_of_percents_refuses_no_projection(right, monkeypatch):
+    rights = iter([right])  # then one row of a thousand is lost, which is what may be
+    monkeypatch.setattr(loft.layers, "_accuracy", lambda *_: 100 * (next(rights, right - 1) / 1000))
+    (done,) = erase(build(Classes), ["body:output"], cost=0.1)
+    assert done.projection.certificate.angle == pytest.approx(0.05 * 1.25**15)
+    assert 0.1 - 1e-9 < done.cost <= 0.1
+
+
+def test_projections_made_in_inference_mode_can_be_trained_through_and_loaded_into():
+    model = build(Deep).double()
+    retain, forget = ([(x.double(), y) for x, y in rows] for rows in (RETAIN, FORGET))
+    with torch.inference_mode():
+        (done,) = erase(model, ["rest.body"], retain, forget)
+    model(retain[0][0]).sum().backward()
+    assert model.first.weight.grad is not None
+    done.projection.load_state_dict(done.projection.state_dict())
+
+
+def test_the_certificate_is_of_what_stays():
+    (done,) = erase(build(Classes), ["body:output"])
+    retain = loft.fetch_moments(build(Classes), RETAIN, "body:output", progress=False)
+    covariance, basis = retain.covariance(ddof=0), done.projection.basis
+    known = done.projection.certificate
+    assert known.retain_kept == pytest.approx(float((basis.T @ covariance @ basis).trace() / covariance.trace()))
+    assert "without what is put back" in str(known)
+    again = loft.Projection.from_bytes(done.projection.to_bytes())
+    assert torch.equal(again.lift, done.projection.lift)
+    assert again.certificate == known
+
+
 # ---- what it refuses ----
 
 
@@ -272,17 +304,29 @@ def test_after_ctrl_c_the_model_is_as_it_was(fold, passes):
     assert everything(model) == before
 
 
+def test_after_ctrl_c_no_progress_bar_is_left():
+    with pytest.raises(KeyboardInterrupt) as caught:
+        loft.erase_layers(build(Deep), Interrupted(RETAIN, 1), FORGET, ["first", "rest.body"])
+    assert caught.traceback  # it holds the frames, as an interactive session does
+    assert not tqdm.auto.tqdm._instances
+
+
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
         ({"sites": "first"}, InputError, "sites: got 'first', expected a list"),
         ({"sites": []}, InputError, r"sites: got \[\], expected a list"),
+        ({"sites": 5}, InputError, "sites: got 5, expected a list"),
+        ({"sites": iter([])}, InputError, "sites: got <.*>, expected a list"),
+        ({"sites": ["first", "rest.body", "first:input"]}, InputError, "sites: got 'first:input' twice"),
         ({"sites": ["first", "secnod"]}, SiteError, "no module 'secnod'"),
         ({"cost": -1.0}, InputError, "cost: got -1.0"),
         ({"cost": "much"}, InputError, "cost: got 'much'"),
         ({"fold": True, "sites": ["first:output", "rest:output"]}, FoldError, "it is a Classes"),
         ({"retain": []}, InputError, "check: the set is empty"),
         ({"forget": []}, InputError, "forget: loader: it yielded no batches"),
+        ({"retain": 5}, InputError, "check: got int, expected an iterable of batches"),
+        ({"retain": [(torch.ones(4, 8), torch.arange(4) % 2)]}, InputError, "'first:output': retain: 4 rows of"),
         ({"retain": [torch.ones(4, 8)]}, InputError, "check: got labels"),
         ({"retain": iter(RETAIN), "check": RETAIN, "sites": ["first", "rest.body"]}, InputError, "retain: loader"),
     ],
