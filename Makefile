@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/cuda/*)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+# Byte code: pip would make it on one core. Some packages bring files that are no Python 3; what they lack, they lack.
+COMPILE := $(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 
 # Threads that wait by spinning slow each other down many times over where the cores are shared, as on most CI machines.
 # Benchmarks see what users see: the default.
@@ -67,12 +69,15 @@ clean:           ## remove everything that was made
 
 .venv/demo: .venv/base $(INPUTS)
 	$(PIP) -e '.[demo]'
+	@$(COMPILE)
 	@touch $@
 
 .venv/dev: .venv/base $(INPUTS)
 	$(PIP) -e '.[dev]'
+	@$(COMPILE)
 	@touch $@
 
 .venv/quality: .venv/dev
 	$(PIP) -e '.[quality]'
+	@$(COMPILE)
 	@touch $@
