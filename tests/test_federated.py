@@ -753,7 +753,7 @@ def die(answer):
     os._exit(9)
 grid.faults[{node}] = die
 with MomentsServer({folder!r}, DIM, exact=EXACT, keep={keep!r}) as server:
-    server.collect(grid, timeout=5, progress=False)
+    server.collect(grid, timeout=50, progress=False)
 """
 
 
