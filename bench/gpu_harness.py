@@ -18,10 +18,9 @@ import torch
 import triton
 
 import loft_fast as loft
-from bench.report import commit
+from bench.report import Row, commit
 from loft_fast import cost
 
-Row = dict[str, Any]
 Run = Callable[[int], Any]
 """Does the work on input set number k."""
 

@@ -15,6 +15,12 @@ Group = str | int | Callable[[Any], Any]
 _LABELS = ("labels", "label")
 
 
+def check_loader(name: str, loader: object) -> None:
+    """Refuse what cannot be passed over."""
+    if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
+        raise InputError(f"{name}: got {type(loader).__name__}, expected an iterable of batches")
+
+
 def to_device(batch: Any, device: torch.device) -> Any:
     """Every tensor in nested dictionaries, lists and tuples moved to the device, and all else that has a `.to`."""
     if isinstance(batch, Mapping):

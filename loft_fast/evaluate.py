@@ -150,8 +150,7 @@ def observe(
     name: str = "loader",
 ) -> Outcome:
     """Labels and log-probabilities of all rows, also by a reference on the same batches, and features at the site."""
-    if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
-        raise InputError(f"{name}: got {type(loader).__name__}, expected an iterable of batches")
+    batches.check_loader(name, loader)
     caught: list[Tensor] = []
     truth: list[Tensor] = []
     mine: list[Tensor] = []

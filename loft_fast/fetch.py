@@ -68,8 +68,7 @@ def fetch_moments(
         DistributedError: with `shard`, another process has failed or is late.
     """
     place = find_site(model, site)
-    if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
-        raise InputError(f"loader: got {type(loader).__name__}, expected an iterable of batches")
+    batches.check_loader("loader", loader)
     if shard is False:
         result = _fetch(model, place, loader, group, device, progress, exact, pool, None)
     else:
